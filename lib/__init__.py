@@ -1,0 +1,1 @@
+"""AFR-St: pruning the MLP layers of large language models."""

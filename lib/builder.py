@@ -1,0 +1,165 @@
+"""What a model is on disk or on the Hub -> model and tokenizer, ready to be scored."""
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lib.errors import UserError
+from lib.mlp import find_layers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: the arguments that every `from_pretrained` of it takes."""
+
+    name: str
+    arguments: dict
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are a quantised `.gguf` file; they are read dequantised, as float32."""
+        return "gguf_file" in self.arguments
+
+    def config(self):
+        """The model's configuration. Raises UserError when it cannot be read."""
+        return self._load(AutoConfig)
+
+    def tokenizer(self):
+        """The model's tokenizer. Raises UserError when it cannot be read."""
+        return self._load(AutoTokenizer)
+
+    def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
+        """The model on the CPU, in `dtype` or ("auto") in the checkpoint's own. Raises UserError."""
+        extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {}
+        model = self._load(AutoModelForCausalLM, dtype=torch.float32 if self.is_gguf and dtype == "auto" else dtype,
+                           **extra)
+        return model.eval().requires_grad_(False)
+
+    def _load(self, auto_class, **extra):
+        try:
+            return auto_class.from_pretrained(**self.arguments, **extra)
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:
+            raise UserError(f"--model {self.name}: {self._advice(error)}") from error
+
+    def _advice(self, error: Exception) -> str:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, ImportError):
+            return f"needs a package that is not installed: {reason}"
+        if "gated" in reason.lower() or "401" in reason or "403" in reason:
+            return "the Hub asks for permission; accept the model's licence there, then run 'hf auth login'"
+        if Path(self.name).exists():
+            return f"cannot be loaded, the folder or file may be incomplete ({type(error).__name__}: {reason})"
+        return ("no such folder here, and the Hub did not serve it; check the name and the network, or give a local "
+                f"folder ({type(error).__name__}: {reason[:120]})")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can be scored, and the dtype its checkpoint is kept in."""
+
+    source: Source
+    model: nn.Module
+    tokenizer: object
+    own_dtype: torch.dtype
+    seqlen: int
+
+    def in_own_dtype(self, requested: str) -> nn.Module:
+        """The dense model with the checkpoint's own values (in `requested`, unless that is 'auto'), to be saved."""
+        if requested != "auto" or self.own_dtype == self.model.dtype:
+            return self.model
+        return self.source.model()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter off the terminal."""
+    transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="huggingface_hub|transformers|datasets")
+
+
+def find_source(name: str, cache_dir: str) -> Source:
+    """Tell a `.gguf` file, a local folder and a Hub name apart. Raises UserError for what is none of them."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"--model {name}: no such file")
+        return Source(name, {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name})
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {name}: the folder holds no config.json; give the folder of a saved model")
+        return Source(name, {"pretrained_model_name_or_path": str(path)})
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise UserError(f"--model {name}: no such folder; give a local folder, a .gguf file, or a Hub name "
+                        "like meta-llama/Meta-Llama-3-8B")
+    return Source(name, {"pretrained_model_name_or_path": name, "cache_dir": cache_dir})
+
+
+def load(name: str, dtype: str = "auto", cuda: bool = False, cache_dir: str = "llm_weights",
+         seqlen: int | None = None) -> Loaded:
+    """Load a model and its tokenizer for scoring.
+
+    The family is checked on the configuration alone, before any weight is read. `seqlen` is capped by what
+    the model was made for. Raises UserError for a model that cannot be found, read or pruned, for `cuda`
+    without a GPU, and for weights that are not finite.
+    """
+    if cuda and not torch.cuda.is_available():
+        raise UserError("--cuda: no CUDA GPU is visible; leave the flag out to run on the CPU")
+    source = find_source(name, cache_dir)
+    config = source.config()
+    refuse_unsupported(name, config)
+    tokenizer = source.tokenizer()
+    model = source.model(DTYPES.get(dtype, "auto"))
+    own_dtype = model.dtype
+    device = torch.device("cuda" if cuda else "cpu")
+    try:
+        model = model.to(device, DTYPES.get(dtype) or scoring_dtype(device))
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"--cuda: {name} does not fit on the GPU ({error})".splitlines()[0]) from error
+    refuse_nan(model)
+    return Loaded(source, model, tokenizer, own_dtype, min(seqlen or 1024, context_length(config)))
+
+
+def refuse_unsupported(name: str, config) -> None:
+    """Raise UserError unless the MLPs of this configuration can be found; reads no weights."""
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UserError(f"--model {name}: the family '{config.model_type}' is not a causal language model that "
+                        "transformers can build") from error
+    find_layers(skeleton)
+
+
+def scoring_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU or a CPU with matrix units for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    units = torch.cpu.get_capabilities()
+    return torch.bfloat16 if units.get("avx512_bf16") or units.get("amx_bf16") or units.get("bf16") else torch.float32
+
+
+def context_length(config) -> int:
+    """The longest sequence the model was made for, in tokens; unlimited where the configuration names none."""
+    text = config.get_text_config()
+    return next((value for field in CONTEXT_FIELDS if isinstance(value := getattr(text, field, None), int)), 2**31)
+
+
+def refuse_nan(model: nn.Module) -> None:
+    """Raise UserError that names the first weight with NaN or infinity in it."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"--model: {name} holds NaN or infinity in {str(weight.dtype).removeprefix('torch.')}; "
+                            "try --dtype float32 (float16 overflows where bfloat16 does not), or fetch the "
+                            "checkpoint again")

