@@ -42,7 +42,11 @@ EOF
 fi
 case "$MODEL" in *.gguf) ensure_environment requirements-gguf.txt ;; esac
 NAME="${NAME:-$(basename "$MODEL")}"
-SAVE="${SAVE:-./pruned_model/$NAME-$METHOD-$RATIO}"
+if [ -z "${SAVE:-}" ]; then
+    # The name tells runs apart, so running one again may replace its own result.
+    SAVE="./pruned_model/$NAME-$METHOD-$RATIO$(printf '%s' "$*" | tr -cs 'a-zA-Z0-9._' '-' | sed 's/^-*/-/; s/-$//')"
+    set -- --overwrite "$@"
+fi
 
 # shellcheck disable=SC2086  # the flag lists are split into words on purpose
 exec "$VENV/bin/python" main.py --model "$MODEL" --prune_method "$METHOD" --pruning_ratio "$RATIO" \

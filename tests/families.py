@@ -1,0 +1,60 @@
+"""Tiny random models of many families, and where each keeps its MLPs, written down by hand."""
+
+import torch
+from transformers import (
+    BloomConfig, CohereConfig, FalconConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GlmConfig, GPT2Config,
+    GPTJConfig, GPTNeoXConfig, LlamaConfig, MptConfig, NemotronConfig, OlmoConfig, OPTConfig, Phi3Config, PhiConfig,
+    Qwen2Config, Qwen3Config, Starcoder2Config, XGLMConfig,
+)
+from transformers import AutoModelForCausalLM
+
+COMMON = dict(vocab_size=64, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+              max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+GATED = (lambda layer: layer.mlp, ("gate_proj", "up_proj"), "down_proj", 1)
+FUSED = (lambda layer: layer.mlp, ("gate_up_proj",), "down_proj", 2)
+UP_DOWN = (lambda layer: layer.mlp, ("up_proj",), "down_proj", 1)
+FC = (lambda layer: layer.mlp, ("fc1",), "fc2", 1)
+FC_IN_LAYER = (lambda layer: layer, ("fc1",), "fc2", 1)
+C_FC = (lambda layer: layer.mlp, ("c_fc",), "c_proj", 1)
+FC_IN_OUT = (lambda layer: layer.mlp, ("fc_in",), "fc_out", 1)
+DENSE_4H = (lambda layer: layer.mlp, ("dense_h_to_4h",), "dense_4h_to_h", 1)
+
+# name -> (configuration class, its own arguments, where the layers are, how an MLP is laid out)
+FAMILIES = {
+    "llama": (LlamaConfig, dict(intermediate_size=50), "model.layers", GATED),
+    "llama_bias": (LlamaConfig, dict(intermediate_size=50, mlp_bias=True), "model.layers", GATED),
+    "qwen2": (Qwen2Config, dict(intermediate_size=50), "model.layers", GATED),
+    "qwen3": (Qwen3Config, dict(intermediate_size=50, head_dim=12), "model.layers", GATED),
+    "gemma": (GemmaConfig, dict(intermediate_size=50, head_dim=12), "model.layers", GATED),
+    "gemma2": (Gemma2Config, dict(intermediate_size=50, head_dim=12, sliding_window=4), "model.layers", GATED),
+    "gemma3": (Gemma3TextConfig, dict(intermediate_size=50, head_dim=12, sliding_window=4), "model.layers", GATED),
+    "cohere": (CohereConfig, dict(intermediate_size=50), "model.layers", GATED),
+    "olmo": (OlmoConfig, dict(intermediate_size=50), "model.layers", GATED),
+    "phi3": (Phi3Config, dict(intermediate_size=50), "model.layers", FUSED),
+    "glm": (GlmConfig, dict(intermediate_size=50, head_dim=12), "model.layers", FUSED),
+    "opt": (OPTConfig, dict(ffn_dim=50, word_embed_proj_dim=24), "model.decoder.layers", FC_IN_LAYER),
+    "phi": (PhiConfig, dict(intermediate_size=50), "model.layers", FC),
+    "xglm": (XGLMConfig, dict(ffn_dim=50, d_model=24, num_layers=3, attention_heads=2), "model.layers", FC_IN_LAYER),
+    "nemotron": (NemotronConfig, dict(intermediate_size=50), "model.layers", UP_DOWN),
+    "mpt": (MptConfig, dict(d_model=24, n_heads=2, n_layers=3), "transformer.blocks",
+            (lambda layer: layer.ffn, ("up_proj",), "down_proj", 1)),
+    "gpt2": (GPT2Config, dict(n_inner=50), "transformer.h", C_FC),
+    "starcoder2": (Starcoder2Config, dict(intermediate_size=50), "model.layers", C_FC),
+    "gptj": (GPTJConfig, dict(n_inner=50, rotary_dim=4), "transformer.h", FC_IN_OUT),
+    "gpt_neox": (GPTNeoXConfig, dict(intermediate_size=50), "gpt_neox.layers", DENSE_4H),
+    "falcon": (FalconConfig, dict(ffn_hidden_size=50), "transformer.h", DENSE_4H),
+    "bloom": (BloomConfig, {}, "transformer.h", DENSE_4H),
+}
+FIXED_WIDTH = ("mpt", "bloom")  # their code makes the MLP 4 times the hidden size
+
+
+def build(family):
+    """`(model, mlps)`: a random model, with every parameter (biases and norms too) away from its initial value."""
+    config_class, own, path, (owner_of, inputs, output, parts) = FAMILIES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_class(**(COMMON | own))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    owners = [owner_of(layer) for layer in model.get_submodule(path)]
+    return model, [([getattr(o, name) for name in inputs], getattr(o, output), parts) for o in owners]
