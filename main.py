@@ -3,6 +3,8 @@
 import os
 import sys
 
+VERIFY_TOKENS = 64
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
@@ -26,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str] | None) -> None:
     """Parse, load, calibrate, score, select, prune, save, report."""
+    import torch
+
     from lib import builder, checkpoint, data, evaluate, options, prune, score
     from lib.mlp import find_layers
     from lib.summary import Run
@@ -34,7 +38,7 @@ def run(argv: list[str] | None) -> None:
     builder.quiet_libraries()
     method = prune.METHODS[args.prune_method]
     record = Run(vars(args))
-    formats = checkpoint.choose_formats(args.save_format, method.structured and args.global_pruning)
+    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
     if args.save_model:
         checkpoint.check_target(args.save_model, args.overwrite)
 
@@ -43,8 +47,6 @@ def run(argv: list[str] | None) -> None:
         loaded = builder.load(args.model, args.dtype, args.cuda, args.cache_dir, args.seqlen)
         model, layers = loaded.model, find_layers(loaded.model)
         record.dense(evaluate.size(model, layers), loaded)
-        if args.save_model and method.structured and "hf" in formats:
-            checkpoint.refuse_fixed_width(model, layers)
 
     with record.phase("calibrate"):
         samples = calibration.samples(model, loaded.tokenizer, args.nsamples, loaded.seqlen, args.seed)
@@ -52,22 +54,34 @@ def run(argv: list[str] | None) -> None:
     if args.eval_ppl:
         with record.phase("evaluate"):
             seqlen = min(args.eval_seqlen or loaded.seqlen, builder.context_length(model.config))
-            windows, source = data.held_out_windows(calibration, model, loaded.tokenizer, seqlen, args.eval_windows,
-                                                     args.seed)
+            windows, source = data.held_out_windows(
+                calibration, model, loaded.tokenizer, seqlen, args.eval_windows, args.seed
+            )
             record.measured_on = f"{source}, {len(windows)} windows of {seqlen} tokens"
-            record.perplexity["dense"] = evaluate.perplexity(model, windows, "perplexity, dense")
 
+    def measure(name):
+        with record.phase("evaluate"):
+            if args.eval_ppl:
+                record.perplexity[name] = evaluate.perplexity(model, windows, f"perplexity, {name}")
+            if args.eval_speed:
+                record.speed[name] = evaluate.speed(model, torch.cat(samples))
+
+    measure("dense")
     with record.phase("score"), evaluate.peak_memory(model.device, record.peak_bytes, "scoring"):
         selection = prune.choose(
-            model, layers, score.collate(samples, args.batch_size), method, args.pruning_ratio,
-            across_layers=args.global_pruning, neuron_score=args.neuron_score, align=args.align,
+            model,
+            layers,
+            score.collate(samples, args.batch_size),
+            method,
+            args.pruning_ratio,
+            across_layers=args.global_pruning,
+            neuron_score=args.neuron_score,
+            align=args.align,
         )
     with record.phase("prune"):
         prune.remove(model, layers, selection)
         record.pruned(evaluate.size(model, layers), selection)
-    if args.eval_ppl:
-        with record.phase("evaluate"):
-            record.perplexity["pruned"] = evaluate.perplexity(model, windows, "perplexity, pruned")
+    measure("pruned")
 
     if args.save_model:
         with checkpoint.complete_or_absent(args.save_model) as folder, record.phase("save"):
@@ -75,9 +89,13 @@ def run(argv: list[str] | None) -> None:
             if saved is not model:
                 layers = find_layers(saved)
                 prune.remove(saved, layers, selection)
-            checkpoint.save(folder, saved, loaded.tokenizer, formats)
+            checkpoint.save(folder, saved, layers, loaded.tokenizer, formats)
             checkpoint.save_selection(folder, layers, selection)
+            if not args.no_verify:
+                checkpoint.verify(folder, saved, samples[0][:VERIFY_TOKENS], formats)
+                record.verified = True
             checkpoint.save_report(folder, record.report())
+        record.bytes_on_disk = checkpoint.bytes_on_disk(args.save_model, formats)
     print(record.text(formats))
 
 

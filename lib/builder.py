@@ -1,5 +1,6 @@
 """What a model is on disk or on the Hub -> model and tokenizer, ready to be scored."""
 
+import copy
 import re
 import warnings
 from dataclasses import dataclass
@@ -9,10 +10,17 @@ import datasets
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+)
 
+from lib import modeling_pruned
 from lib.errors import UserError
-from lib.mlp import find_layers
+from lib.mlp import find_layers, forget_widths
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
@@ -41,8 +49,13 @@ class Source:
     def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
         """The model on the CPU, in `dtype` or ("auto") in the checkpoint's own. Raises UserError."""
         extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {}
-        model = self._load(AutoModelForCausalLM, dtype=torch.float32 if self.is_gguf and dtype == "auto" else dtype,
-                           **extra)
+        config = self.config()
+        dtype = torch.float32 if self.is_gguf and dtype == "auto" else dtype
+        if hasattr(config, "pruned_mlp"):
+            # Such a folder names code beside it; the same code stands here, and is the one that is trusted.
+            model = forget_widths(self._load(modeling_pruned.pruned(causal_class(config)), dtype=dtype))
+        else:
+            model = self._load(AutoModelForCausalLM, dtype=dtype, **extra)
         return model.eval().requires_grad_(False)
 
     def _load(self, auto_class, **extra):
@@ -61,8 +74,10 @@ class Source:
             return "the Hub asks for permission; accept the model's licence there, then run 'hf auth login'"
         if Path(self.name).exists():
             return f"cannot be loaded, the folder or file may be incomplete ({type(error).__name__}: {reason})"
-        return ("no such folder here, and the Hub did not serve it; check the name and the network, or give a local "
-                f"folder ({type(error).__name__}: {reason[:120]})")
+        return (
+            "no such folder here, and the Hub did not serve it; check the name and the network, or give a local "
+            f"folder ({type(error).__name__}: {reason[:120]})"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,13 +116,16 @@ def find_source(name: str, cache_dir: str) -> Source:
             raise UserError(f"--model {name}: the folder holds no config.json; give the folder of a saved model")
         return Source(name, {"pretrained_model_name_or_path": str(path)})
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise UserError(f"--model {name}: no such folder; give a local folder, a .gguf file, or a Hub name "
-                        "like meta-llama/Meta-Llama-3-8B")
+        raise UserError(
+            f"--model {name}: no such folder; give a local folder, a .gguf file, or a Hub name "
+            "like meta-llama/Meta-Llama-3-8B"
+        )
     return Source(name, {"pretrained_model_name_or_path": name, "cache_dir": cache_dir})
 
 
-def load(name: str, dtype: str = "auto", cuda: bool = False, cache_dir: str = "llm_weights",
-         seqlen: int | None = None) -> Loaded:
+def load(
+    name: str, dtype: str = "auto", cuda: bool = False, cache_dir: str = "llm_weights", seqlen: int | None = None
+) -> Loaded:
     """Load a model and its tokenizer for scoring.
 
     The family is checked on the configuration alone, before any weight is read. `seqlen` is capped by what
@@ -133,13 +151,21 @@ def load(name: str, dtype: str = "auto", cuda: bool = False, cache_dir: str = "l
 
 def refuse_unsupported(name: str, config) -> None:
     """Raise UserError unless the MLPs of this configuration can be found; reads no weights."""
-    try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise UserError(f"--model {name}: the family '{config.model_type}' is not a causal language model that "
-                        "transformers can build") from error
-    find_layers(skeleton)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"--model {name}: the family '{config.model_type}' is not a causal language model that "
+            "transformers can build"
+        )
+    model_class = causal_class(config)
+    if hasattr(config, "pruned_mlp"):
+        model_class = modeling_pruned.pruned(model_class)
+    with torch.device("meta"):
+        find_layers(model_class(copy.deepcopy(config)))
+
+
+def causal_class(config) -> type:
+    """The language model class of transformers for this configuration."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def scoring_dtype(device: torch.device) -> torch.dtype:
@@ -160,6 +186,8 @@ def refuse_nan(model: nn.Module) -> None:
     """Raise UserError that names the first weight with NaN or infinity in it."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
-            raise UserError(f"--model: {name} holds NaN or infinity in {str(weight.dtype).removeprefix('torch.')}; "
-                            "try --dtype float32 (float16 overflows where bfloat16 does not), or fetch the "
-                            "checkpoint again")
+            raise UserError(
+                f"--model: {name} holds NaN or infinity in {str(weight.dtype).removeprefix('torch.')}; "
+                "try --dtype float32 (float16 overflows where bfloat16 does not), or fetch the "
+                "checkpoint again"
+            )

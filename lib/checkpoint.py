@@ -1,5 +1,6 @@
 """Results on disk: a Hugging Face folder or `model.bin`, what was kept, and a report beside them."""
 
+import copy
 import json
 import os
 import re
@@ -12,32 +13,24 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from lib import modeling_pruned, safe_pickle
 from lib.errors import UserError
-from lib.mlp import Layer, width_field
+from lib.mlp import Layer, describe_widths, find_layers
 from lib.prune import Selection, blocks_of
 
 KEPT_NEURONS = "kept_neurons.safetensors"
 KEPT_WEIGHTS = "kept_weights.safetensors"
 REPORT = "pruning.json"
+MODEL_BIN = "model.bin"
 
 
-def choose_formats(requested: str, widths_differ: bool) -> list[str]:
-    """The forms to save in, "hf" and "bin". Raises UserError for a form that cannot hold the result."""
+def choose_formats(requested: str, across_layers: bool) -> list[str]:
+    """The forms to save in, "hf" and "bin", for a value of `--save_format`."""
     if requested == "auto":
-        return ["bin"] if widths_differ else ["hf"]
-    formats = ["hf", "bin"] if requested == "both" else [requested]
-    if widths_differ and "hf" in formats:
-        raise UserError(f"--save_format {requested}: a Hugging Face folder cannot hold widths that differ by layer "
-                        "(--global_pruning) yet; use --save_format bin")
-    return formats
-
-
-def refuse_fixed_width(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Raise UserError when the family's configuration cannot say how wide a pruned MLP is."""
-    if width_field(model, layers) is None:
-        raise UserError(f"--save_format: the family '{model.config.model_type}' fixes its MLP width in its code, so a "
-                        "Hugging Face folder cannot hold the pruned model; use --save_format bin")
+        requested = "both" if across_layers else "hf"
+    return ["hf", "bin"] if requested == "both" else [requested]
 
 
 def check_target(target: str, overwrite: bool) -> None:
@@ -83,13 +76,66 @@ def _share(folder: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
-def save(folder: Path, model: nn.Module, tokenizer, formats: Sequence[str]) -> None:
+def save(folder: Path, model: nn.Module, layers: Sequence[Layer], tokenizer, formats: Sequence[str]) -> None:
     """Write the model in each of `formats` ("hf", "bin")."""
     if "hf" in formats:
-        model.save_pretrained(folder)
+        save_folder(folder, model, layers)
         tokenizer.save_pretrained(folder)
     if "bin" in formats:
-        torch.save({"model": model, "tokenizer": tokenizer}, folder / "model.bin")
+        torch.save({"model": model, "tokenizer": tokenizer}, folder / MODEL_BIN)
+
+
+def save_folder(folder: Path, model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Write a Hugging Face folder that plain `from_pretrained` loads where one width in the configuration says all.
+
+    Where layers differ in width, or the family fixes it in its code, `lib/modeling_pruned.py` goes with it and
+    loading takes `trust_remote_code=True`.
+    """
+    if follows_configuration(model):
+        model.save_pretrained(folder)
+        return
+    # In the model's own names for its weights: transformers renames those of its own classes only.
+    model.save_pretrained(folder, save_original_format=False)
+    config = copy.deepcopy(model.config)
+    describe_widths(config, layers, [block.width for block in blocks_of(layers)])
+    name = "Pruned" + type(model).__name__.removeprefix("Pruned")
+    config.architectures = [name]
+    config.auto_map = {"AutoModelForCausalLM": f"{Path(modeling_pruned.__file__).stem}.{name}"}
+    config.save_pretrained(folder)
+    shutil.copy(modeling_pruned.__file__, folder)
+
+
+def verify(folder: Path, model: nn.Module, ids: torch.Tensor, formats: Sequence[str]) -> None:
+    """Load what was saved as its users will, and compare logits on the tokens `[tokens]`. Moves `model` to the CPU.
+
+    Raises UserError when a form does not load or computes something else.
+    """
+    model.to("cpu")
+    with torch.no_grad():
+        wanted = model(ids[None]).logits
+        for form in formats:
+            found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
+            if not torch.allclose(found(ids[None]).logits, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+                raise UserError(
+                    f"--save_model: the saved {form} form does not compute what the pruned model does; "
+                    "nothing was kept. Another --save_format may work; please report the model family"
+                )
+
+
+def load_folder(folder: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """A model from a Hugging Face folder of ours, on the CPU, the way that users load it."""
+    remote = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=remote or None)
+    return model.eval().requires_grad_(False)
+
+
+def follows_configuration(model: nn.Module) -> bool:
+    """Whether the family's own class, built from the model's configuration, has exactly the model's shapes."""
+    if hasattr(model.config, "pruned_mlp"):
+        return False
+    with torch.device("meta"):
+        rebuilt = type(model)(copy.deepcopy(model.config))
+    return {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in rebuilt.named_parameters()}
 
 
 def save_selection(folder: Path, layers: Sequence[Layer], selection: Selection) -> None:
@@ -100,10 +146,11 @@ def save_selection(folder: Path, layers: Sequence[Layer], selection: Selection) 
     """
     blocks = blocks_of(layers)
     if selection.structured:
-        save_file({b.name: kept.int() for b, kept in zip(blocks, selection.kept)}, folder / KEPT_NEURONS)
+        kept = {b.name: indices.int() for b, indices in zip(blocks, selection.kept, strict=True)}
+        save_file(kept, folder / KEPT_NEURONS)
         return
     shapes = {b.name: json.dumps({p.name: list(p.weight.shape) for p in b.projections}) for b in blocks}
-    save_file({b.name: kept for b, kept in zip(blocks, selection.kept)}, folder / KEPT_WEIGHTS, metadata=shapes)
+    save_file({b.name: bits for b, bits in zip(blocks, selection.kept, strict=True)}, folder / KEPT_WEIGHTS, shapes)
 
 
 def save_report(folder: Path, report: dict) -> None:
@@ -111,3 +158,61 @@ def save_report(folder: Path, report: dict) -> None:
     text = json.dumps(report, indent=2)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+
+
+def bytes_on_disk(folder: str, formats: Sequence[str]) -> dict[str, int]:
+    """Size of the weights in each form."""
+    path = Path(folder)
+    weights = {"hf": path.glob("model*.safetensors"), "bin": path.glob(MODEL_BIN)}
+    return {form: sum(file.stat().st_size for file in weights[form]) for form in formats}
+
+
+# --- reading model.bin ------------------------------------------------------------------------------
+
+
+def load_bin(path: str | Path, dtype: torch.dtype | str = "auto", trust: bool = False) -> tuple[nn.Module, object]:
+    """The model (on the CPU, ready for inference) and the tokenizer of a `model.bin`, or of the folder that holds one.
+
+    The pickle is never executed as it stands (see `lib.safe_pickle`): configuration and weights are taken from
+    it and the model is built anew, each weight in `dtype` ("auto": as saved). So nothing hostile runs, and nothing
+    is lost that transformers adds only when it builds a model. `trust` unpickles anything, as `torch.load` does.
+
+    Raises UserError for a missing or damaged file, for names that a saved model does not need, and for a pickle
+    that holds something else than a model and a tokenizer.
+    """
+    path = Path(path) / MODEL_BIN if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a {MODEL_BIN} or the folder that holds one")
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=False) if trust else safe_pickle.read(path, dtype)
+        model, tokenizer = held["model"], held["tokenizer"]
+        model_class = type(model) if trust else model.model_class()
+        return rebuild(model_class, model.config, model.state_dict(), model.generation_config, dtype), tokenizer
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{path}: is damaged, or was not saved by this tool ({type(error).__name__}); copy it again or "
+            "save the model anew"
+        ) from error
+
+
+def rebuild(model_class: type, config, state: dict[str, torch.Tensor], generation_config, dtype) -> nn.Module:
+    """A model of this class and configuration with these weights, its MLPs as wide as the weights say.
+
+    Raises KeyError for a weight that is missing.
+    """
+    with torch.device("meta"):
+        skeleton = model_class(copy.deepcopy(config))
+    if any(state[name].shape != p.shape for name, p in skeleton.named_parameters()):
+        layers = find_layers(skeleton)
+        outputs = {layer.block.name: layer.block.projections[-1] for layer in layers if layer.block}
+        widths = [state[f"{name}.{p.name}.weight"].shape[0 if p.neurons_first else 1] for name, p in outputs.items()]
+        config = copy.deepcopy(config)
+        describe_widths(config, layers, widths)
+        model_class = modeling_pruned.pruned(model_class)
+    if dtype == "auto":
+        dtype = next(weight.dtype for weight in state.values() if weight.is_floating_point())
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model.generation_config = generation_config
+    return model.eval().requires_grad_(False)

@@ -92,8 +92,10 @@ def open_split(name: str, split: str, data_dir: str) -> Dataset:
     try:
         found = load_from_disk(str(folder))
     except Exception as error:
-        raise UserError(f"--dataset {name}: {folder} is damaged or not a save_to_disk folder "
-                        f"({type(error).__name__}); delete it so that it is fetched again") from error
+        raise UserError(
+            f"--dataset {name}: {folder} is damaged or not a save_to_disk folder "
+            f"({type(error).__name__}); delete it so that it is fetched again"
+        ) from error
     if isinstance(found, Dataset):
         found = DatasetDict({str(found.split): found})
     if split not in found:
@@ -107,9 +109,11 @@ def _fetch(name: str, folder: Path) -> None:
     try:
         loaded = load_dataset(source.hub, source.configuration)
     except Exception as error:
-        raise UserError(f"--dataset {name}: not in {folder}, and {source.hub} could not be loaded from the Hub "
-                        f"({type(error).__name__}); connect to the network once, or put a save_to_disk folder there "
-                        f"(see --data_dir)") from error
+        raise UserError(
+            f"--dataset {name}: not in {folder}, and {source.hub} could not be loaded from the Hub "
+            f"({type(error).__name__}); connect to the network once, or put a save_to_disk folder there "
+            f"(see --data_dir)"
+        ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent)
     try:
@@ -135,8 +139,10 @@ def read_file(path: str) -> str:
     except FileNotFoundError as error:
         raise UserError(f"--dataset {path}: no such file") from error
     except Exception as error:
-        raise UserError(f"--dataset {path}: cannot be read ({type(error).__name__}: {str(error)[:100]}); expected "
-                        f"UTF-8 text, or records with a string column 'text'") from error
+        raise UserError(
+            f"--dataset {path}: cannot be read ({type(error).__name__}: {str(error)[:100]}); expected "
+            f"UTF-8 text, or records with a string column 'text'"
+        ) from error
 
 
 class Calibration:
@@ -151,8 +157,10 @@ class Calibration:
         elif name.endswith(FILE_TYPES):
             self.text = read_file(name)
         elif name != SELF_GENERATED:
-            raise UserError(f"--dataset {name}: unknown; choose {', '.join([*SETS, SELF_GENERATED])}, or a "
-                            f"{'/'.join(FILE_TYPES)} file")
+            raise UserError(
+                f"--dataset {name}: unknown; choose {', '.join([*SETS, SELF_GENERATED])}, or a "
+                f"{'/'.join(FILE_TYPES)} file"
+            )
 
     def samples(self, model, tokenizer, n: int, seqlen: int, seed: int) -> list[Tensor]:
         """`n` token sequences `[at most seqlen]`, the same for the same seed.
@@ -194,8 +202,15 @@ def generate_windows(model, tokenizer, n: int, seqlen: int, seed: int) -> Tensor
     a token like any other.
     """
     start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    config = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=seqlen - 1,
-                              pad_token_id=start, eos_token_id=None)
+    config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        max_new_tokens=seqlen - 1,
+        pad_token_id=start,
+        eos_token_id=None,
+    )
     own_config, model.generation_config = model.generation_config, config  # else its end-of-text token is used
     windows = []
     try:
@@ -210,8 +225,9 @@ def generate_windows(model, tokenizer, n: int, seqlen: int, seed: int) -> Tensor
     return torch.stack(windows)
 
 
-def held_out_windows(calibration: Calibration, model, tokenizer, seqlen: int, n: int | None,
-                     seed: int) -> tuple[Tensor, str]:
+def held_out_windows(
+    calibration: Calibration, model, tokenizer, seqlen: int, n: int | None, seed: int
+) -> tuple[Tensor, str]:
     """What perplexity is measured on, `[windows, seqlen]`, and its name: wikitext2 test in order, without overlap.
 
     Where the model calibrates itself, no data set may be at hand: then its own text from another seed.

@@ -2,6 +2,8 @@
 
 import math
 import resource
+import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from lib.mlp import Layer
 
@@ -31,23 +34,75 @@ def perplexity(model: nn.Module, windows: Tensor, desc: str = "perplexity") -> f
 
 @dataclass(frozen=True)
 class Size:
-    """Widths per MLP, and elements of the MLP weight matrices and of the whole model (tied weights once)."""
+    """Widths per MLP; elements of the MLP weight matrices and of the model (tied weights once); MACs per token."""
 
     widths: tuple[int, ...]
     mlp: int
     total: int
+    macs: int
 
 
 def size(model: nn.Module, layers: Sequence[Layer]) -> Size:
     """Count what the model holds now."""
     blocks = [layer.block for layer in layers if layer.block]
-    return Size(tuple(b.width for b in blocks), sum(b.n_weights for b in blocks),
-                sum(p.numel() for p in model.parameters()))
+    return Size(
+        tuple(b.width for b in blocks),
+        sum(b.n_weights for b in blocks),
+        sum(p.numel() for p in model.parameters()),
+        macs_per_token(model),
+    )
+
+
+PREFILL_TOKENS = 512
+DECODE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second when a prompt is read (prefill) and when text is written (decode), batch 1."""
+
+    prefill: float
+    decode: float
+
+
+@torch.no_grad()
+def speed(model: nn.Module, ids: Tensor) -> Speed:
+    """Median of 5 runs each, on the first tokens of `[tokens]`, after one run to warm up."""
+    prompt = ids[None, :PREFILL_TOKENS].to(model.device)
+
+    def prefill():
+        return model(prompt, use_cache=True, logits_to_keep=1)
+
+    def decode():
+        output = model(prompt[:, :1], use_cache=True)
+        for _ in range(DECODE_TOKENS - 1):
+            output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+
+    prefill(), decode()
+    return Speed(
+        prompt.shape[1] / _median_seconds(prefill, model.device), DECODE_TOKENS / _median_seconds(decode, model.device)
+    )
+
+
+def _median_seconds(run, device: torch.device, repeats: int = 5) -> float:
+    times = []
+    for _ in tqdm(range(repeats), desc="speed", leave=False, disable=None):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def macs_per_token(model: nn.Module) -> int:
+    """Multiply-accumulates of one token with the weights: every linear layer and the head, without attention's own."""
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)))
 
 
 @contextmanager
 def peak_memory(device: torch.device, into: dict[str, int], name: str) -> Iterator[None]:
-    """Write to `into[name]` the most memory in use meanwhile, in bytes: of the GPU if `device` is one, else of the process.
+    """Write to `into[name]` the most memory in use meanwhile, in bytes: of a GPU `device`, else of the process.
 
     Where the system cannot forget earlier peaks (outside Linux) the process's whole life counts.
     """

@@ -5,6 +5,7 @@ projection is a matrix in neuron-major orientation `[d_ff, d]`: row j is what ne
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -92,8 +93,13 @@ class Block:
     def projections(self) -> list[Projection]:
         """The input projections (a fused one in parts), then the output projection."""
         inputs = [
-            Projection(name if self.layout.parts == 1 else f"{name}.{part}", getattr(self.owner, name), False,
-                       part, self.layout.parts)
+            Projection(
+                name if self.layout.parts == 1 else f"{name}.{part}",
+                getattr(self.owner, name),
+                False,
+                part,
+                self.layout.parts,
+            )
             for name in self.layout.inputs
             for part in range(self.layout.parts)
         ]
@@ -157,8 +163,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
     by_layer = {index: list(group) for index, group in groupby(blocks, key=lambda b: _index_in(stack, b[0]))}
     for index, found in by_layer.items():
         if len(found) > 1:
-            raise UserError(f"--model: cannot prune the family '{family}': layer {index} has {len(found)} MLPs; "
-                            f"{_supported()}")
+            raise UserError(
+                f"--model: cannot prune the family '{family}': layer {index} has {len(found)} MLPs; {_supported()}"
+            )
     layers = []
     for index, module in enumerate(model.get_submodule(stack)):
         block = Block(*by_layer[index][0]) if index in by_layer else None
@@ -187,6 +194,33 @@ def width_field(model: nn.Module, layers: list[Layer]) -> str | None:
     return None
 
 
+def describe_widths(config, layers: Sequence[Layer], widths: Sequence[int]) -> None:
+    """Write the widths of the MLPs into the configuration, and what `lib/modeling_pruned.py` must know to follow it."""
+    stack, _, _ = layers[0].name.rpartition(".")
+    with_mlp = [index for index, layer in enumerate(layers) if layer.block]
+    layer, block = layers[with_mlp[0]], layers[with_mlp[0]].block
+    field = next((field for field in WIDTH_FIELDS if hasattr(config, field)), WIDTH_FIELDS[0])
+    config.pruned_mlp = {
+        "field": field,
+        "layers": stack,
+        "mlp": block.name.removeprefix(layer.name).lstrip("."),
+        "inputs": list(block.layout.inputs),
+        "output": block.layout.output,
+        "parts": block.layout.parts,
+    }
+    config.per_layer_config = {index: {field: width} for index, width in zip(with_mlp, widths, strict=True)}
+
+
+def forget_widths(model: nn.Module) -> nn.Module:
+    """Undo what loading by `describe_widths` does: the family's own class again, its MLPs as wide as they are."""
+    config = model.config
+    for name in ("pruned_mlp", "auto_map", "allow_global_per_layer_attribute_access"):
+        config.__dict__.pop(name, None)
+    config.per_layer_config = None
+    model.__class__ = type(model).__bases__[0]
+    return model
+
+
 def _find_blocks(model):
     for name, module in model.named_modules():
         children = dict(module.named_children())
@@ -213,8 +247,9 @@ def _index_in(stack: str, name: str) -> int:
 def _refuse_experts(model: nn.Module, family: str) -> None:
     for name, _ in model.named_modules():
         if name.rsplit(".", 1)[-1] in ("experts", "router", "block_sparse_moe"):
-            raise UserError(f"--model: cannot prune the family '{family}': it is a mixture of experts ({name}); "
-                            f"{_supported()}")
+            raise UserError(
+                f"--model: cannot prune the family '{family}': it is a mixture of experts ({name}); {_supported()}"
+            )
 
 
 def _check(block: Block, family: str) -> None:
@@ -222,15 +257,20 @@ def _check(block: Block, family: str) -> None:
     for module in block.modules:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
-            raise UserError(f"--model: {block.name} holds quantised or unknown weights ({type(module).__name__}); "
-                            "load the unquantised checkpoint")
+            raise UserError(
+                f"--model: {block.name} holds quantised or unknown weights ({type(module).__name__}); "
+                "load the unquantised checkpoint"
+            )
     widths = {p.weight.shape[0] for p in block.projections}
     d_models = {p.weight.shape[1] for p in block.projections}
     projections = {id(module) for module in block.modules}
-    between = [name for name, child in block.owner.named_children() if id(child) not in projections
-               and any(p.shape == (block.width,) for p in child.parameters())]
+    between = [
+        name
+        for name, child in block.owner.named_children()
+        if id(child) not in projections and any(p.shape == (block.width,) for p in child.parameters())
+    ]
     if len(widths) > 1 or (between and block.width not in d_models):
-        what = f"'{between[0]}' mixes its neurons" if between else f"its projections disagree on d_ff ({sorted(widths)})"
+        what = f"'{between[0]}' mixes its neurons" if between else f"its projections disagree on d_ff, {sorted(widths)}"
         raise UserError(f"--model: cannot prune the family '{family}': {block.name}: {what}; {_supported()}")
 
 

@@ -36,8 +36,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser, its flags in groups."""
-    parser = _Parser(prog="main.py", formatter_class=_Help, epilog=EPILOG, allow_abbrev=False,
-                     description="Prune the MLP layers of a large language model.")
+    parser = _Parser(
+        prog="main.py",
+        formatter_class=_Help,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        description="Prune the MLP layers of a large language model.",
+    )
     _add_model(parser.add_argument_group("model"))
     _add_method(parser.add_argument_group("method"))
     _add_calibration(parser.add_argument_group("calibration"))
@@ -47,72 +52,139 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_model(group):
-    group.add_argument("--model", required=True, metavar="NAME",
-                       help="what to prune: a Hugging Face Hub name, a local folder, or a .gguf file (dequantised)")
-    group.add_argument("--cuda", action="store_true",
-                       help="use the GPU; without this flag everything runs on the CPU")
-    group.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
-                       help="weights and activations while scoring. auto is bfloat16 on a GPU or a CPU with bf16 matrix "
-                            "units, else float32, and saves in the checkpoint's own dtype; naming one also saves in it. "
-                            "Scores are always float32")
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="what to prune: a Hugging Face Hub name, a local folder, or a .gguf file (dequantised)",
+    )
+    group.add_argument("--cuda", action="store_true", help="use the GPU; without this flag everything runs on the CPU")
+    group.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPES],
+        default="auto",
+        help="weights and activations while scoring. auto is bfloat16 on a GPU or a CPU with bf16 "
+        "matrix units, else float32, and saves in the checkpoint's own dtype; naming one also "
+        "saves in it. Scores are always float32",
+    )
     group.add_argument("--cache_dir", default="llm_weights", metavar="DIR", help="where models from the Hub are kept")
 
 
 def _add_method(group):
     methods = "; ".join(f"{m.name}: {m.summary}" for m in METHODS.values())
-    group.add_argument("--prune_method", choices=list(METHODS), default="structured_afr", metavar="METHOD",
-                       help=f"what is removed, and by which score. {methods}")
-    group.add_argument("--pruning_ratio", type=float, default=0.0, metavar="R",
-                       help="share of the MLP neurons (structured methods) or MLP weights (the others) to remove, "
-                            "0.2 = 20%%")
-    group.add_argument("--global_pruning", action="store_true",
-                       help="one threshold across all layers, so that widths may differ by layer; best at high ratios. "
-                            "Without it every layer loses the same share")
-    group.add_argument("--neuron_score", choices=list(NEURON_SCORES), default="trimmed_mean",
-                       help="structured methods: how a neuron's weight saliencies become one number. trimmed_mean is "
-                            "the method's own; abs_sum often does better at low ratios")
-    group.add_argument("--align", type=int, default=1, metavar="N",
-                       help="structured methods: round each layer's width to a multiple of N; 64 or 128 suits tensor "
-                            "cores")
+    group.add_argument(
+        "--prune_method",
+        choices=list(METHODS),
+        default="structured_afr",
+        metavar="METHOD",
+        help=f"what is removed, and by which score. {methods}",
+    )
+    group.add_argument(
+        "--pruning_ratio",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="share of the MLP neurons (structured methods) or MLP weights (the others) to remove, 0.2 = 20%%",
+    )
+    group.add_argument(
+        "--global_pruning",
+        action="store_true",
+        help="one threshold across all layers, so that widths may differ by layer; best at high ratios. "
+        "Without it every layer loses the same share",
+    )
+    group.add_argument(
+        "--neuron_score",
+        choices=list(NEURON_SCORES),
+        default="trimmed_mean",
+        help="structured methods: how a neuron's weight saliencies become one number. trimmed_mean is "
+        "the method's own; abs_sum often does better at low ratios",
+    )
+    group.add_argument(
+        "--align",
+        type=int,
+        default=1,
+        metavar="N",
+        help="structured methods: round each layer's width to a multiple of N; 64 or 128 suits tensor cores",
+    )
 
 
 def _add_calibration(group):
-    group.add_argument("--dataset", default="wikitext2", metavar="NAME",
-                       help=f"what the model is scored on: {', '.join(SETS)}, {SELF_GENERATED} (sampled from the model, "
-                            f"needs no network), or a {'/'.join(FILE_TYPES)} file of yours")
-    group.add_argument("--nsamples", type=int, default=128, metavar="N",
-                       help="calibration samples; scoring time grows with it, scores settle at about 100")
-    group.add_argument("--seqlen", type=int, metavar="N",
-                       help="tokens in a calibration sample and in a perplexity window "
-                            "[default: 1024, at most what the model was made for]")
-    group.add_argument("--batch_size", type=int, default=1, metavar="N",
-                       help="samples scored at once; the first-order objective is then taken over the batch")
+    group.add_argument(
+        "--dataset",
+        default="wikitext2",
+        metavar="NAME",
+        help=f"what the model is scored on: {', '.join(SETS)}, {SELF_GENERATED} (sampled from the "
+        f"model, needs no network), or a {'/'.join(FILE_TYPES)} file of yours",
+    )
+    group.add_argument(
+        "--nsamples",
+        type=int,
+        default=128,
+        metavar="N",
+        help="calibration samples; scoring time grows with it, scores settle at about 100",
+    )
+    group.add_argument(
+        "--seqlen",
+        type=int,
+        metavar="N",
+        help="tokens in a calibration sample and in a perplexity window "
+        "[default: 1024, at most what the model was made for]",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="samples scored at once; the first-order objective is then taken over the batch",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="which samples are drawn")
-    group.add_argument("--data_dir", default="data_local", metavar="DIR",
-                       help="where data sets are looked for before the Hub, and kept after it")
+    group.add_argument(
+        "--data_dir",
+        default="data_local",
+        metavar="DIR",
+        help="where data sets are looked for before the Hub, and kept after it",
+    )
 
 
 def _add_saving(group):
     group.add_argument("--save_model", metavar="DIR", help="folder for the result; without it nothing is saved")
-    group.add_argument("--save_format", choices=["auto", "hf", "bin", "both"], default="auto",
-                       help="hf: a Hugging Face folder; bin: model.bin, the pickled model; auto: hf, and with "
-                            "--global_pruning both")
+    group.add_argument(
+        "--save_format",
+        choices=["auto", "hf", "bin", "both"],
+        default="auto",
+        help="hf: a Hugging Face folder; bin: model.bin, the pickled model and tokenizer; auto: hf, and "
+        "with --global_pruning both",
+    )
+    group.add_argument(
+        "--no_verify",
+        action="store_true",
+        help="do not load the result back and compare its logits with the pruned model's",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace what stands in --save_model")
 
 
 def _add_evaluation(group):
-    group.add_argument("--eval_ppl", action="store_true",
-                       help=f"measure perplexity on wikitext2 test before and after (with --dataset {SELF_GENERATED}: on "
-                            "text the model generates from another seed)")
-    group.add_argument("--eval_windows", type=int, metavar="N",
-                       help="perplexity windows, to bound the time [default: all]")
+    group.add_argument(
+        "--eval_ppl",
+        action="store_true",
+        help="measure perplexity on wikitext2 test before and after (with --dataset "
+        f"{SELF_GENERATED}: on text the model generates from another seed)",
+    )
+    group.add_argument(
+        "--eval_speed", action="store_true", help="measure tokens per second, reading and writing, before and after"
+    )
+    group.add_argument(
+        "--eval_windows", type=int, metavar="N", help="perplexity windows, to bound the time [default: all]"
+    )
     group.add_argument("--eval_seqlen", type=int, metavar="N", help="tokens in a perplexity window [default: --seqlen]")
 
 
 def _check(args: argparse.Namespace) -> None:
     if not (math.isfinite(args.pruning_ratio) and 0 <= args.pruning_ratio < 1):
-        raise UserError(f"--pruning_ratio {args.pruning_ratio}: must be at least 0 and less than 1 "
-                        "(0.2 removes 20% of the MLP neurons)")
+        raise UserError(
+            f"--pruning_ratio {args.pruning_ratio}: must be at least 0 and less than 1 "
+            "(0.2 removes 20% of the MLP neurons)"
+        )
     least = {"nsamples": 1, "seqlen": 2, "batch_size": 1, "align": 1, "eval_windows": 1, "eval_seqlen": 2, "seed": 0}
     for name, minimum in least.items():
         value = getattr(args, name)

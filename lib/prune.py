@@ -139,8 +139,7 @@ BOTH = (FIRST_ORDER, CROSS_ENTROPY)
 METHODS = {
     method.name: method
     for method in (
-        Method("structured_afr", True, BOTH, afr, "neurons by z(A_FO) + z(A_CE^2)",
-               {"trimmed_mean": afr_squared}),
+        Method("structured_afr", True, BOTH, afr, "neurons by z(A_FO) + z(A_CE^2)", {"trimmed_mean": afr_squared}),
         Method("structured_snip", True, (CROSS_ENTROPY,), snip, "neurons by A_CE"),
         Method("structured_refer_svd", True, (FIRST_ORDER,), refer_svd, "neurons by A_FO"),
         Method("afr", False, BOTH, afr, "weights by z(sum|Q_FO|) + z(sum|Q_CE|)"),
@@ -183,8 +182,9 @@ def select_neurons(scores: Sequence[Tensor], ratio: float, across_layers: bool =
     ranked = [s.double().cpu().argsort(descending=True, stable=True) for s in scores]
     units = [width // align for width in widths]
     if across_layers:
-        means = [s.double().cpu()[order[: n * align]].view(n, align).mean(1)
-                 for s, order, n in zip(scores, ranked, units)]
+        means = [
+            s.double().cpu()[order[: n * align]].view(n, align).mean(1) for s, order, n in zip(scores, ranked, units)
+        ]
         budget = max(_nearest_units((1 - ratio) * sum(widths), align, sum(units)), len(units))
         taken = _most_valuable(means, budget)
     else:
@@ -213,8 +213,10 @@ def select_weights(scores: ModelVector, ratio: float, across_layers: bool = Fals
         n_kept = round((1 - ratio) * sum(s.numel() for s in scores))
         masks = top_masks(scores, n_kept)
     else:
-        masks = (torch.stack([next(top_masks([matrix], round((1 - ratio) * matrix.numel()))) for matrix in s])
-                 for s in scores)
+        masks = (
+            torch.stack([next(top_masks([matrix], round((1 - ratio) * matrix.numel()))) for matrix in s])
+            for s in scores
+        )
     return Selection(False, tuple(torch.from_numpy(np.packbits(mask.numpy())) for mask in masks))
 
 
@@ -256,10 +258,10 @@ def _ordered_keys(values: Tensor) -> np.ndarray:
 # --- the steps together -----------------------------------------------------------------------------
 
 
-def score(
-    model, layers: Sequence[Layer], batches: Sequence[Batch], method: Method, neuron_score: str, spill: str
-) -> ModelVector:
-    """The method's scores of every neuron `[d_ff]` or weight `[projections, d_ff, d]`, per MLP.
+def sum_saliencies(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], method: Method, neuron_score: str, spill: str
+) -> dict[str, ModelVector]:
+    """What the method's formula takes: per objective, `[d_ff]` or `[projections, d_ff, d]` for every MLP.
 
     What is summed per weight is as large as the model, so it goes to files in the folder `spill`, a layer
     each; what is summed per neuron stays in memory.
@@ -271,7 +273,7 @@ def score(
         if not method.structured:
             sums[index] = Path(spill) / f"{index}.safetensors"
             save_file(layer_sums, sums[index])
-    return method.scores(gather(sums, method.objectives), neuron_score)
+    return gather(sums, method.objectives)
 
 
 def gather(sums: dict[int, dict[str, Tensor] | Path], objectives: Sequence[str]) -> dict[str, ModelVector]:
@@ -289,14 +291,21 @@ def gather(sums: dict[int, dict[str, Tensor] | Path], objectives: Sequence[str])
 
 
 def choose(
-    model, layers: Sequence[Layer], batches: Sequence[Batch], method: Method, ratio: float,
-    across_layers: bool = False, neuron_score: str = "trimmed_mean", align: int = 1,
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    method: Method,
+    ratio: float,
+    across_layers: bool = False,
+    neuron_score: str = "trimmed_mean",
+    align: int = 1,
 ) -> Selection:
     """Score the model on the batches and select what the method keeps at this ratio."""
     if ratio == 0 and method.structured:  # nothing to choose, so nothing to score
         return Selection(True, tuple(torch.arange(block.width) for block in blocks_of(layers)))
     with tempfile.TemporaryDirectory(prefix="afr-st-") as spill:
-        scores = score(model, layers, batches, method, neuron_score, spill)
+        sums = sum_saliencies(model, layers, batches, method, neuron_score, spill)
+        scores = method.scores(sums, neuron_score)
         if method.structured:
             return select_neurons(list(scores), ratio, across_layers, align)
         return select_weights(scores, ratio, across_layers)

@@ -125,8 +125,10 @@ def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) ->
     tape.calls[index] = None
     for objective, total in sums.items():
         if not total.isfinite().all():
-            raise UserError(f"{layer.name}: the {objective} saliency is not finite; "
-                            f"{_other_dtype(next(layer.module.parameters()).dtype)}")
+            raise UserError(
+                f"{layer.name}: the {objective} saliency is not finite; "
+                f"{_other_dtype(next(layer.module.parameters()).dtype)}"
+            )
     return {objective: total.cpu() for objective, total in sums.items()}
 
 
@@ -156,9 +158,9 @@ def cross_entropy_cotangent(
 ) -> Tensor:
     """d(sum over samples of the mean next-token cross-entropy) / d(last layer's output), `[batch, tokens, d]`.
 
-    `hidden` is the last layer's output; `tuples` says that layers return tuples. Everything behind the layers (final norm, head, soft-capping) is the
-    model's own code: it is called with layers that only hand `hidden` on, for a piece of the positions at a
-    time where the model can (`logits_to_keep`).
+    `hidden` is the last layer's output; `tuples` says that layers return tuples. Everything behind the layers
+    (final norm, head, soft-capping) is the model's own code: it is called with layers that only hand `hidden`
+    on, for a piece of the positions at a time where the model can (`logits_to_keep`).
     """
     hidden = hidden.detach().requires_grad_()
     labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)  # [batch, tokens]: what each position predicts
@@ -242,8 +244,10 @@ def _record(model, layers, batches, device, bar) -> _Tape:
         def hook(module, args, kwargs):
             hidden, *rest = args or (kwargs.pop("hidden_states"),)
             if index and hidden is not previous:
-                raise UserError(f"--model: {layers[index].name} is not fed by the layer before it alone; "
-                                "families that compute something between their layers cannot be scored")
+                raise UserError(
+                    f"--model: {layers[index].name} is not fed by the layer before it alone; "
+                    "families that compute something between their layers cannot be scored"
+                )
             tape.inputs[index].append(hidden.to(tape.store))
             call = tuple(rest), dict(kwargs)
             earlier = tape.calls[index][-1:]
@@ -277,13 +281,17 @@ def _record(model, layers, batches, device, bar) -> _Tape:
 def _not_finite(layers, tape, dtype) -> UserError:
     entered = [inputs[-1].isfinite().all() for inputs in tape.inputs] + [False]
     first = max(entered.index(False) - 1, 0)
-    return UserError(f"{layers[first].name}: its output is not finite in {str(dtype).removeprefix('torch.')}; "
-                     f"{_other_dtype(dtype)}")
+    return UserError(
+        f"{layers[first].name}: its output is not finite in {str(dtype).removeprefix('torch.')}; {_other_dtype(dtype)}"
+    )
 
 
 def _other_dtype(dtype: torch.dtype) -> str:
-    return "try --dtype " + ("bfloat16 or float32" if dtype == torch.float16 else "float32") + \
-        ", and check that the checkpoint is intact"
+    return (
+        "try --dtype "
+        + ("bfloat16 or float32" if dtype == torch.float16 else "float32")
+        + ", and check that the checkpoint is intact"
+    )
 
 
 def _hidden_of(output) -> Tensor:
@@ -307,8 +315,10 @@ def _captured(block: Block | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
     seen = {}
     with ExitStack() as hooks:
         for module in block.modules if block else []:
+
             def hook(module, args, output):
                 seen[id(module)] = (args[0].detach(), output)
+
             hooks.callback(module.register_forward_hook(hook).remove)
         pairs: list[tuple[Tensor, Tensor]] = []
         yield pairs

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from torch import Tensor
 
 from lib.builder import Loaded
-from lib.evaluate import Size
+from lib.evaluate import Size, Speed
 from lib.prune import Selection
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
@@ -32,6 +32,9 @@ class Run:
     measured_on: str = ""
     data: dict = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
+    speed: dict[str, Speed] = field(default_factory=dict)
+    verified: bool = False
+    bytes_on_disk: dict[str, int] = field(default_factory=dict)
 
     def dense(self, size: Size, loaded: Loaded) -> None:
         """Note the model as it was loaded."""
@@ -41,8 +44,12 @@ class Run:
 
     def calibrated(self, samples: Sequence[Tensor], fingerprint: str) -> None:
         """Note what the model is scored on."""
-        self.data |= {"set": self.args["dataset"], "samples": len(samples), "tokens": sum(map(len, samples)),
-                      "sha256": fingerprint}
+        self.data |= {
+            "set": self.args["dataset"],
+            "samples": len(samples),
+            "tokens": sum(map(len, samples)),
+            "sha256": fingerprint,
+        }
 
     def pruned(self, size: Size, selection: Selection) -> None:
         """Note the model as it is now."""
@@ -67,8 +74,11 @@ class Run:
             "dtypes": self.dtypes,
             "widths": {"dense": self.before.widths, "kept": self.after.widths},
             "parameters": {"dense": self.before.total, "kept": self.after.total},
+            "macs_per_token": {"dense": self.before.macs, "kept": self.after.macs},
             "sparsity": {"mlp": self.mlp_sparsity, "model": self.model_sparsity},
             "perplexity": {**self.perplexity, "measured_on": self.measured_on} if self.perplexity else None,
+            "tokens_per_second": {name: vars(speed) for name, speed in self.speed.items()} or None,
+            "verified": self.verified,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_memory_bytes": self.peak_bytes,
         }
@@ -85,16 +95,32 @@ class Run:
 
     def text(self, formats: Sequence[str]) -> str:
         """The summary a person reads in ten seconds."""
+        before, after = self.before, self.after
         rows = [
-            ("MLP width", f"{_range(self.before.widths)} -> {_range(self.after.widths)}  ({len(self.before.widths)} layers)"),
-            ("parameters", f"{_millions(self.before.total)} -> {_millions(self.after.total)}"),
+            ("MLP width", f"{_range(before.widths)} -> {_range(after.widths)}  ({len(before.widths)} layers)"),
+            (
+                "parameters",
+                f"{_count(before.total)} -> {_count(after.total)}, "
+                f"multiply-accumulates per token {_count(before.macs)} -> {_count(after.macs)}",
+            ),
             ("sparsity", f"{self.mlp_sparsity:.2%} of the MLP weights, {self.model_sparsity:.2%} of the whole model"),
         ]
         if self.perplexity:
-            rows.append(("perplexity", f"{self.perplexity['dense']:.2f} -> {self.perplexity['pruned']:.2f}  "
-                                       f"({self.measured_on})"))
+            dense, pruned = self.perplexity["dense"], self.perplexity["pruned"]
+            rows.append(("perplexity", f"{dense:.2f} -> {pruned:.2f}  ({self.measured_on})"))
+        if self.speed:
+            dense, pruned = self.speed["dense"], self.speed["pruned"]
+            rows.append(
+                (
+                    "tokens/s",
+                    f"reading {dense.prefill:.0f} -> {pruned.prefill:.0f}, "
+                    f"writing {dense.decode:.1f} -> {pruned.decode:.1f}",
+                )
+            )
         rows.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
-        rows.append(("peak memory", ", ".join(f"{name} {value / GIB:.2f} GiB" for name, value in self.peak_bytes.items())))
+        rows.append(
+            ("peak memory", ", ".join(f"{name} {value / GIB:.2f} GiB" for name, value in self.peak_bytes.items()))
+        )
         rows.extend(self._where(formats))
         width = max(len(name) for name, _ in rows)
         title = f"{self.args['prune_method']}  {self.args['model']}  ratio {self.args['pruning_ratio']}"
@@ -104,13 +130,10 @@ class Run:
         folder = self.args["save_model"]
         if not folder:
             return [("saved", "nothing; add --save_model DIR to keep the pruned model")]
-        rows = [("saved", f"{folder}  ({' and '.join('model.bin' if f == 'bin' else 'Hugging Face folder' for f in formats)})")]
-        if "hf" in formats:
-            rows.append(("evaluate", f"lm_eval --model hf --model_args pretrained={folder} "
-                                     "--tasks arc_easy,hellaswag,winogrande --batch_size auto"))
-        else:
-            rows.append(("load", f"torch.load('{folder}/model.bin', weights_only=False)['model']"))
-        return rows
+        forms = {"hf": "Hugging Face folder", "bin": "model.bin"}
+        sizes = [f"{forms[form]} {size / GIB:.2f} GiB" for form, size in self.bytes_on_disk.items()]
+        checked = "loaded back, same logits" if self.verified else "not verified"
+        return [("saved", f"{folder}  ({', '.join(sizes)}; {checked})"), ("evaluate", f"PRUNED={folder} bash test.sh")]
 
 
 def _range(widths) -> str:
@@ -122,5 +145,5 @@ def _name(dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _millions(count: int) -> str:
+def _count(count: int) -> str:
     return f"{count / 1e9:.3f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else str(count)

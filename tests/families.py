@@ -2,14 +2,41 @@
 
 import torch
 from transformers import (
-    BloomConfig, CohereConfig, FalconConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig, GlmConfig, GPT2Config,
-    GPTJConfig, GPTNeoXConfig, LlamaConfig, MptConfig, NemotronConfig, OlmoConfig, OPTConfig, Phi3Config, PhiConfig,
-    Qwen2Config, Qwen3Config, Starcoder2Config, XGLMConfig,
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GlmConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MptConfig,
+    NemotronConfig,
+    OlmoConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Starcoder2Config,
+    XGLMConfig,
 )
-from transformers import AutoModelForCausalLM
 
-COMMON = dict(vocab_size=64, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-              max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+COMMON = dict(
+    vocab_size=64,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 GATED = (lambda layer: layer.mlp, ("gate_proj", "up_proj"), "down_proj", 1)
 FUSED = (lambda layer: layer.mlp, ("gate_up_proj",), "down_proj", 2)
 UP_DOWN = (lambda layer: layer.mlp, ("up_proj",), "down_proj", 1)
@@ -36,8 +63,12 @@ FAMILIES = {
     "phi": (PhiConfig, dict(intermediate_size=50), "model.layers", FC),
     "xglm": (XGLMConfig, dict(ffn_dim=50, d_model=24, num_layers=3, attention_heads=2), "model.layers", FC_IN_LAYER),
     "nemotron": (NemotronConfig, dict(intermediate_size=50), "model.layers", UP_DOWN),
-    "mpt": (MptConfig, dict(d_model=24, n_heads=2, n_layers=3), "transformer.blocks",
-            (lambda layer: layer.ffn, ("up_proj",), "down_proj", 1)),
+    "mpt": (
+        MptConfig,
+        dict(d_model=24, n_heads=2, n_layers=3),
+        "transformer.blocks",
+        (lambda layer: layer.ffn, ("up_proj",), "down_proj", 1),
+    ),
     "gpt2": (GPT2Config, dict(n_inner=50), "transformer.h", C_FC),
     "starcoder2": (Starcoder2Config, dict(intermediate_size=50), "model.layers", C_FC),
     "gptj": (GPTJConfig, dict(n_inner=50, rotary_dim=4), "transformer.h", FC_IN_OUT),

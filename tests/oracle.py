@@ -41,8 +41,12 @@ def saliencies(model, mlps, input_ids, attention_mask=None):
         found = []
         for ins, out, parts in mlps:
             rows = [oriented((m.weight * gradients[m]).detach(), m, False).chunk(parts) for m in ins]
-            found.append([*(piece for pieces in rows for piece in pieces),
-                          oriented((out.weight * gradients[out]).detach(), out, True)])
+            found.append(
+                [
+                    *(piece for pieces in rows for piece in pieces),
+                    oriented((out.weight * gradients[out]).detach(), out, True),
+                ]
+            )
         return found
 
     result = {"fo": q(first_order), "ce": [q(loss) for loss in entropies]}

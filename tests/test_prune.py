@@ -11,8 +11,19 @@ from families import FAMILIES, FIXED_WIDTH, build
 from lib.errors import UserError
 from lib.mlp import find_layers, width_field
 from lib.prune import (
-    METHODS, ModelVector, Selection, abs_sum, blocks_of, remove, select_neurons, select_weights, snr, top_masks,
-    trimmed_mean, weight_masks, z,
+    METHODS,
+    ModelVector,
+    Selection,
+    abs_sum,
+    blocks_of,
+    remove,
+    select_neurons,
+    select_weights,
+    snr,
+    top_masks,
+    trimmed_mean,
+    weight_masks,
+    z,
 )
 
 
@@ -65,19 +76,27 @@ def test_standardisation_of_equal_values_is_zero():
     assert everything(z(vector([2.0, 2.0], [2.0]))) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("name, neuron_score, power", [
-    ("structured_afr", "trimmed_mean", 2), ("structured_afr", "snr", 1), ("structured_afr", "abs_sum", 1), ("afr", "trimmed_mean", 1),
-])
+@pytest.mark.parametrize(
+    "name, neuron_score, power",
+    [
+        ("structured_afr", "trimmed_mean", 2),
+        ("structured_afr", "snr", 1),
+        ("structured_afr", "abs_sum", 1),
+        ("afr", "trimmed_mean", 1),
+    ],
+)
 def test_afr_adds_both_standardised_parts(name, neuron_score, power):
     fo, ce = np.array([1.0, 4, 2, 9]), np.array([3.0, 1, 2, 2.5])
     sums = {"fo": vector(fo[:2], fo[2:]), "ce": vector(ce[:2], ce[2:])}
     standard = lambda x: (x - x.mean()) / x.std(ddof=1)  # noqa: E731
-    np.testing.assert_allclose(everything(METHODS[name].scores(sums, neuron_score)),
-                               standard(fo) + standard(ce**power), rtol=1e-5)
+    np.testing.assert_allclose(
+        everything(METHODS[name].scores(sums, neuron_score)), standard(fo) + standard(ce**power), rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("name, objective", [
-    ("structured_snip", "ce"), ("snip", "ce"), ("structured_refer_svd", "fo"), ("refer_svd", "fo")])
+@pytest.mark.parametrize(
+    "name, objective", [("structured_snip", "ce"), ("snip", "ce"), ("structured_refer_svd", "fo"), ("refer_svd", "fo")]
+)
 def test_single_objective_methods_need_and_return_that_objective_alone(name, objective):
     assert METHODS[name].objectives == (objective,)
     assert everything(METHODS[name].scores({objective: vector([3.0, 1.0])}, "trimmed_mean")) == [3, 1]
@@ -167,8 +186,10 @@ def test_top_masks_agree_with_a_stable_sort(n_kept):
 
 
 def unpacked(selection, shapes):
-    return [torch.from_numpy(np.unpackbits(k.numpy(), count=math.prod(s))).bool().view(s)
-            for k, s in zip(selection.kept, shapes)]
+    return [
+        torch.from_numpy(np.unpackbits(k.numpy(), count=math.prod(s))).bool().view(s)
+        for k, s in zip(selection.kept, shapes)
+    ]
 
 
 def test_every_matrix_loses_exactly_its_share():
@@ -194,10 +215,12 @@ def logits_with_neurons_silenced(model, mlps, kept, ids):
     """The dense model with the activations of removed neurons set to 0, just before the output projection."""
     hooks = []
     for (_, output, _), keep in zip(mlps, kept):
+
         def silence(module, args, keep=keep):
             mask = torch.zeros(args[0].shape[-1])
             mask[keep] = 1
             return (args[0] * mask,)
+
         hooks.append(output.register_forward_pre_hook(silence))
     found = model(ids).logits
     for hook in hooks:
@@ -236,8 +259,9 @@ def test_removed_weights_are_zero_and_the_others_untouched(family):
     layers = find_layers(model)
     blocks = blocks_of(layers)
     before = [[p.weight.clone() for p in b.projections] for b in blocks]
-    others = {n: p.clone() for n, p in model.named_parameters() if not any(
-        p is m.weight for b in blocks for m in b.modules)}
+    others = {
+        n: p.clone() for n, p in model.named_parameters() if not any(p is m.weight for b in blocks for m in b.modules)
+    }
     masks = [torch.rand(len(b.projections), b.width, 24) > 0.5 for b in blocks]
     selection = Selection(False, tuple(torch.from_numpy(np.packbits(m.numpy())) for m in masks))
     remove(model, layers, selection)

@@ -86,7 +86,9 @@ def test_padding_counts_nowhere():
 def test_only_the_objectives_asked_for_are_computed():
     model, _ = build("llama")
     for objective in BOTH:
-        assert all(set(sums) == {objective} for sums in engine_sums(model, collate(samples([8]), 1), (objective,)).values())
+        assert all(
+            set(sums) == {objective} for sums in engine_sums(model, collate(samples([8]), 1), (objective,)).values()
+        )
 
 
 def test_layers_come_from_the_last_to_the_first():

@@ -1,0 +1,104 @@
+"""Perplexity of every method, ratio and scope on one model, beside the dense model and random pruning.
+
+Each kind of sum (per neuron, per weight) is computed once and serves all methods and ratios.
+
+    python benchmarks/quality.py --model MODEL --nsamples 32 --seqlen 512 --eval_seqlen 1024 --eval_windows 12
+"""
+
+import argparse
+import copy
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lib import builder, data, evaluate, prune, score  # noqa: E402
+from lib.mlp import find_layers  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    """The command line of this benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dataset", default="wikitext2")
+    parser.add_argument("--data_dir", default="data_local")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
+    parser.add_argument("--weight_ratios", type=float, nargs="*", default=[0.5])
+    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--eval_seqlen", type=int, default=1024)
+    parser.add_argument("--eval_windows", type=int)
+    parser.add_argument("--neuron_score", choices=list(prune.NEURON_SCORES), default="trimmed_mean")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cuda", action="store_true")
+    return parser.parse_args()
+
+
+def all_sums(loaded, samples, structured: bool, neuron_score: str, folder: str) -> dict:
+    """Both objectives' sums of one kind, with which every method of that kind is scored."""
+    layers = find_layers(loaded.model)
+    both = next(m for m in prune.METHODS.values() if m.structured == structured and len(m.objectives) == 2)
+    return prune.sum_saliencies(loaded.model, layers, score.collate(samples, 1), both, neuron_score, folder)
+
+
+def pruned_perplexity(model, scores, structured: bool, ratio: float, across: bool, windows) -> tuple[float, float]:
+    """Perplexity, and the sparsity of the whole model, of a copy pruned by these scores."""
+    pruned = copy.deepcopy(model)
+    layers = find_layers(pruned)
+    before = evaluate.size(pruned, layers)
+    if structured:
+        selection = prune.select_neurons(list(scores), ratio, across)
+    else:
+        selection = prune.select_weights(scores, ratio, across)
+    prune.remove(pruned, layers, selection)
+    gone = before.total - evaluate.size(pruned, layers).total if structured else before.mlp - selection.n_kept()
+    return evaluate.perplexity(pruned, windows), gone / before.total
+
+
+def random_scores(model, seed: int) -> list[torch.Tensor]:
+    """A random order of the neurons."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(b.width, generator=generator) for b in prune.blocks_of(find_layers(model))]
+
+
+def main() -> None:
+    """Score once per kind, prune and measure every combination, print one Markdown table per kind."""
+    args = parse()
+    builder.quiet_libraries()
+    calibration = data.Calibration(args.dataset, args.data_dir)
+    loaded = builder.load(args.model, args.dtype, args.cuda, seqlen=args.seqlen)
+    samples = calibration.samples(loaded.model, loaded.tokenizer, args.nsamples, loaded.seqlen, args.seed)
+    windows, source = data.held_out_windows(
+        calibration, loaded.model, loaded.tokenizer, args.eval_seqlen, args.eval_windows, args.seed
+    )
+    dense = evaluate.perplexity(loaded.model, windows)
+    print(
+        f"{Path(args.model).name}, {loaded.model.dtype}; calibration: {args.dataset}, {len(samples)} samples of "
+        f"{loaded.seqlen} tokens, seed {args.seed}; perplexity on {source}, {len(windows)} windows of "
+        f"{windows.shape[1]} tokens; dense {dense:.2f}\n"
+    )
+    for structured, ratios in ((True, args.ratios), (False, args.weight_ratios)):
+        columns = [(ratio, across) for ratio in ratios for across in (False, True)]
+        if not columns:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            sums = all_sums(loaded, samples, structured, args.neuron_score, folder)
+            rows = {
+                m.name: m.scores(sums, args.neuron_score) for m in prune.METHODS.values() if m.structured == structured
+            }
+            if structured:
+                rows = {"random": random_scores(loaded.model, args.seed), **rows}
+            print("| method | " + " | ".join(f"{r:.0%} {'global' if a else 'per layer'}" for r, a in columns) + " |")
+            print("|---" * (len(columns) + 1) + "|")
+            for name, scores in rows.items():
+                found = [pruned_perplexity(loaded.model, scores, structured, *column, windows) for column in columns]
+                print(f"| `{name}` | " + " | ".join(f"{ppl:.2f}" for ppl, _ in found) + " |", flush=True)
+            print("| sparsity of the whole model | " + " | ".join(f"{s:.1%}" for _, s in found) + " |\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
