@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -77,12 +78,28 @@ def _share(folder: Path) -> None:
 
 
 def save(folder: Path, model: nn.Module, layers: Sequence[Layer], tokenizer, formats: Sequence[str]) -> None:
-    """Write the model in each of `formats` ("hf", "bin")."""
-    if "hf" in formats:
-        save_folder(folder, model, layers)
-        tokenizer.save_pretrained(folder)
-    if "bin" in formats:
-        torch.save({"model": model, "tokenizer": tokenizer}, folder / MODEL_BIN)
+    """Write the model in each of `formats` ("hf", "bin"). Raises OSError when the disk does not take it."""
+    try:
+        if "hf" in formats:
+            save_folder(folder, model, layers)
+            tokenizer.save_pretrained(folder)
+        if "bin" in formats:
+            drop_recorders(model)
+            torch.save({"model": model, "tokenizer": tokenizer}, folder / MODEL_BIN)
+    except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def drop_recorders(model: nn.Module) -> None:
+    """Remove the hooks that transformers leaves after recording hidden states; they do not pickle.
+
+    It installs them again when they are needed.
+    """
+    for module in model.modules():
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+        for key, hook in list(module._forward_hooks.items()):
+            if hook.__module__ == "transformers.utils.output_capturing":
+                del module._forward_hooks[key]
 
 
 def save_folder(folder: Path, model: nn.Module, layers: Sequence[Layer]) -> None:

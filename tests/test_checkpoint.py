@@ -1,0 +1,290 @@
+"""Every saved form is loaded back by what its users load it with; what is hostile or damaged is refused."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, FIXED_WIDTH, build
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+
+from lib import checkpoint, safe_pickle
+from lib.errors import UserError
+from lib.mlp import find_layers
+from lib.prune import blocks_of, remove, select_neurons
+
+ROOT = Path(__file__).resolve().parents[1]
+IDS = torch.tensor([[5, 6, 7, 9, 11]])
+
+
+def pruned_model(family, differing):
+    model, _ = build(family)
+    layers = find_layers(model)
+    generator = torch.Generator().manual_seed(1)
+    scores = [torch.rand(b.width, generator=generator) for b in blocks_of(layers)]
+    remove(model, layers, select_neurons(scores, 0.4, across_layers=differing))
+    return model, layers
+
+
+def tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    words = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+def saved(folder, family="llama", differing=True, formats=("hf", "bin")):
+    model, layers = pruned_model(family, differing)
+    with checkpoint.complete_or_absent(str(folder)) as partial:
+        checkpoint.save(partial, model, layers, tokenizer(), formats)
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def assert_same(found, model):
+    torch.testing.assert_close(logits(found), logits(model), rtol=0, atol=0)
+
+
+# --- every family, every form -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("differing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_folder_loads_generates_and_saves_again(tmp_path, family, differing):
+    model = saved(tmp_path / "once", family, differing, ["hf"])
+    remote = differing or family in FIXED_WIDTH
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "once", trust_remote_code=remote or None)
+    assert_same(found, model)
+    assert found.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 8)
+    found.save_pretrained(tmp_path / "twice")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "twice", trust_remote_code=remote or None), model)
+    assert (tmp_path / "twice" / "modeling_pruned.py").exists() == remote
+
+
+@pytest.mark.parametrize("differing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_bin_is_rebuilt_with_equal_logits(tmp_path, family, differing):
+    model = saved(tmp_path / "out", family, differing, ["bin"])
+    found, words = checkpoint.load_bin(tmp_path / "out")
+    assert_same(found, model)
+    assert words("b a b")["input_ids"] == [1, 0, 1]
+    assert found.generate(IDS, max_new_tokens=2, do_sample=False).shape[0] == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_differing_widths_without_trust_fail_loudly(tmp_path, family):
+    saved(tmp_path / "out", family, True, ["hf"])
+    with pytest.raises(Exception):  # noqa: B017  transformers chooses the kind; silence would be the fault
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_both_forms_load_in_a_fresh_process_without_this_repository(tmp_path):
+    model = saved(tmp_path / "out")
+    torch.save(logits(model), tmp_path / "logits.pt")
+    program = """
+        import sys, torch
+        from transformers import AutoModelForCausalLM
+        folder, ids = sys.argv[1], torch.tensor([[5, 6, 7, 9, 11]])
+        wanted = torch.load(folder + "/../logits.pt")
+        held = torch.load(folder + "/model.bin", weights_only=False)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)(ids).logits, wanted)
+        assert torch.equal(held["model"](ids).logits, wanted) and sorted(held) == ["model", "tokenizer"]
+        assert "lib" not in sys.modules
+        print("same")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "out")], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.stdout.endswith("same\n"), done.stderr
+
+
+def test_weights_come_in_the_dtype_asked_for(tmp_path):
+    model = saved(tmp_path / "out", formats=["bin"])
+    found, _ = checkpoint.load_bin(tmp_path / "out", torch.bfloat16)
+    state = model.state_dict()
+    for name, weight in found.state_dict().items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, state[name].bfloat16())
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    saved(tmp_path / "out", "gemma", formats=["bin"])
+    found, _ = checkpoint.load_bin(tmp_path / "out")
+    assert found.get_output_embeddings().weight is found.get_input_embeddings().weight
+
+
+def test_a_model_that_recorded_hidden_states_is_saved_and_rebuilt(tmp_path):
+    model, layers = pruned_model("llama", True)
+    model(IDS, output_hidden_states=True)
+    checkpoint.save(tmp_path, model, layers, tokenizer(), ["bin"])
+    found, _ = checkpoint.load_bin(tmp_path)
+    assert len(found(IDS, output_hidden_states=True).hidden_states) == 4
+
+
+# --- verification -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["hf", "bin"])
+def test_verification_notices_a_form_that_computes_something_else(tmp_path, form):
+    model = saved(tmp_path / "out", formats=[form])
+    checkpoint.verify(tmp_path / "out", model, IDS[0], [form])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.05)
+    with pytest.raises(UserError, match="does not compute"):
+        checkpoint.verify(tmp_path / "out", model, IDS[0], [form])
+
+
+# --- hostile and damaged files ----------------------------------------------------------------------
+
+
+class Hostile:
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("call, name", [
+    (os.system, "posix.system"), (eval, "eval"), (exec, "exec"), (__import__, "__import__"), (getattr, "getattr"),
+    (subprocess.Popen, "Popen"), (shutil.rmtree, "shutil.rmtree"), (pickle.loads, "pickle.loads"),
+])
+def test_a_hostile_pickle_is_refused_by_name_and_nothing_in_it_runs(tmp_path, monkeypatch, call, name):
+    witness = tmp_path / "witness"
+    argument = f"touch {witness}" if call is os.system else f"open({str(witness)!r}, 'w')"
+    model, _ = pruned_model("llama", True)
+    torch.save({"model": model, "tokenizer": Hostile(call, argument)}, tmp_path / "model.bin")
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        checkpoint.load_bin(tmp_path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("call", [torch.load, torch.hub.load, torch.hub.load_state_dict_from_url, pipeline])
+def test_functions_of_torch_and_transformers_are_never_called(tmp_path, call):
+    with zipfile.ZipFile(tmp_path / "model.bin", "w") as archive:
+        archive.writestr("x/data.pkl", pickle.dumps(Hostile(call, "nothing"), protocol=2))
+    assert isinstance(safe_pickle.read(tmp_path / "model.bin"), safe_pickle.Record)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_names_are_listed_whatever_the_protocol(protocol):
+    assert ("posix", "system") in safe_pickle.named_globals(pickle.dumps(Hostile(os.system, "true"), protocol))
+
+
+def test_a_hostile_pickle_loads_only_when_trusted(tmp_path):
+    model, _ = pruned_model("llama", True)
+    witness = tmp_path / "witness"
+    torch.save({"model": model, "tokenizer": Hostile(os.mkdir, str(witness))}, tmp_path / "model.bin")
+    with pytest.raises(UserError):
+        checkpoint.load_bin(tmp_path)
+    assert not witness.exists()
+    assert_same(checkpoint.load_bin(tmp_path, trust=True)[0], model)
+    assert witness.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "flipped", "other", "no model"])
+def test_a_damaged_file_is_one_clear_line(tmp_path, damage):
+    saved(tmp_path / "out", formats=["bin"])
+    path = tmp_path / "out" / "model.bin"
+    data = path.read_bytes()
+    if damage == "other":
+        torch.save({"model": {"a": torch.ones(2)}, "tokenizer": None}, path)
+    elif damage == "no model":
+        torch.save([1, 2], path)
+    else:
+        middle = len(data) // 2
+        path.write_bytes({"truncated": data[:middle], "empty": b"", "text": b"hello" * 99,
+                          "flipped": data[:middle] + bytes(64) + data[middle + 64 :]}[damage])
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_bin(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_missing_weight_is_not_made_up(tmp_path):
+    model, layers = pruned_model("llama", False)
+    model.model.layers[1].mlp.up_proj._parameters.pop("weight")
+    torch.save({"model": model, "tokenizer": tokenizer()}, tmp_path / "model.bin")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load_bin(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.load_bin(tmp_path)
+
+
+# --- complete or absent -----------------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_old_result_and_nothing_else(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(UserError, match="No space left"):
+        with checkpoint.complete_or_absent(str(target)) as folder:
+            (folder / "half").write_text("new")
+            raise OSError(28, "No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (target / "old").read_text() == "old"
+
+
+def test_a_process_killed_while_it_saves_leaves_the_old_result(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    program = """
+        import os, signal, sys
+        from lib import checkpoint
+        with checkpoint.complete_or_absent(sys.argv[1]) as folder:
+            (folder / "half").write_text("new")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(target)], cwd=ROOT)
+    assert done.returncode == -9
+    assert [p.name for p in target.iterdir()] == ["old"]
+
+
+def test_a_full_disk_is_one_line_and_nothing_stays(tmp_path):
+    program = """
+        import resource, signal, sys
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # every file ends here, as on a full disk
+        sys.path[:0] = sys.argv[2:]
+        from test_checkpoint import saved
+        from lib.errors import UserError
+        for form in ("hf", "bin"):
+            try:
+                saved(sys.argv[1] + "/out", formats=[form])
+            except UserError as error:
+                print("one line:", str(error).count(chr(10)), "cannot be written" in str(error))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(ROOT), str(ROOT / "tests")],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    assert done.stdout.splitlines() == ["one line: 0 True"] * 2, done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    saved(tmp_path / "out")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert all(p.stat().st_mode & 0o777 == 0o666 & ~mask for p in (tmp_path / "out").iterdir())
+
+
+def test_the_report_is_readable_json(tmp_path):
+    report = {"widths": {"kept": (1, 2, 3)}, "text": "a [b] c", "none": None}
+    checkpoint.save_report(tmp_path, report)
+    text = (tmp_path / "pruning.json").read_text()
+    assert "[ 1, 2, 3 ]" in text and json.loads(text) == {"widths": {"kept": [1, 2, 3]}, "text": "a [b] c", "none": None}
