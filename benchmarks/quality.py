@@ -59,10 +59,17 @@ def pruned_perplexity(model, scores, structured: bool, ratio: float, across: boo
     return evaluate.perplexity(pruned, windows), gone / before.total
 
 
-def random_scores(model, seed: int) -> list[torch.Tensor]:
-    """A random order of the neurons."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.rand(b.width, generator=generator) for b in prune.blocks_of(find_layers(model))]
+def random_scores(model, structured: bool, seed: int) -> prune.ModelVector:
+    """A random order of the neurons, or of the weights."""
+    blocks = prune.blocks_of(find_layers(model))
+
+    def layer(index):
+        generator = torch.Generator().manual_seed(seed * 1000 + index)
+        block = blocks[index]
+        shape = (block.width,) if structured else (len(block.projections), *block.projections[0].weight.shape)
+        return torch.rand(shape, generator=generator)
+
+    return prune.ModelVector(len(blocks), layer)
 
 
 def main() -> None:
@@ -82,22 +89,25 @@ def main() -> None:
         f"{windows.shape[1]} tokens; dense {dense:.2f}\n"
     )
     for structured, ratios in ((True, args.ratios), (False, args.weight_ratios)):
-        columns = [(ratio, across) for ratio in ratios for across in (False, True)]
-        if not columns:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            sums = all_sums(loaded, samples, structured, args.neuron_score, folder)
-            rows = {
-                m.name: m.scores(sums, args.neuron_score) for m in prune.METHODS.values() if m.structured == structured
-            }
-            if structured:
-                rows = {"random": random_scores(loaded.model, args.seed), **rows}
-            print("| method | " + " | ".join(f"{r:.0%} {'global' if a else 'per layer'}" for r, a in columns) + " |")
-            print("|---" * (len(columns) + 1) + "|")
-            for name, scores in rows.items():
-                found = [pruned_perplexity(loaded.model, scores, structured, *column, windows) for column in columns]
-                print(f"| `{name}` | " + " | ".join(f"{ppl:.2f}" for ppl, _ in found) + " |", flush=True)
-            print("| sparsity of the whole model | " + " | ".join(f"{s:.1%}" for _, s in found) + " |\n", flush=True)
+        if ratios:
+            print_table(args, loaded, samples, windows, structured, ratios)
+
+
+def print_table(args, loaded, samples, windows, structured: bool, ratios: list[float]) -> None:
+    """One Markdown table: a row per method of this kind, a column per ratio and scope."""
+    columns = [(ratio, across) for ratio in ratios for across in (False, True)]
+    methods = [m for m in prune.METHODS.values() if m.structured == structured]
+    with tempfile.TemporaryDirectory() as folder:
+        sums = all_sums(loaded, samples, structured, args.neuron_score, folder)
+        rows = {"random": random_scores(loaded.model, structured, args.seed)}
+        rows |= {m.name: m.scores(sums, args.neuron_score) for m in methods}
+        scope = ("per layer" if structured else "per matrix", "global")
+        print("| method | " + " | ".join(f"{ratio:.0%} {scope[across]}" for ratio, across in columns) + " |")
+        print("|---" * (len(columns) + 1) + "|")
+        for name, scores in rows.items():
+            found = [pruned_perplexity(loaded.model, scores, structured, *column, windows) for column in columns]
+            print(f"| `{name}` | " + " | ".join(f"{value:.2f}" for value, _ in found) + " |", flush=True)
+    print("| sparsity of the whole model | " + " | ".join(f"{share:.1%}" for _, share in found) + " |\n", flush=True)
 
 
 if __name__ == "__main__":
