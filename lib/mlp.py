@@ -5,7 +5,7 @@ projection is a matrix in neuron-major orientation `[d_ff, d]`: row j is what ne
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -137,58 +137,96 @@ class Block:
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_inner")
 
 
+LANGUAGE, VISION = "language", "vision"
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the stack; `block` is None where a hybrid model has no MLP."""
+    """One layer of a tower; `block` is None where it has no MLP, or none that is to be pruned."""
 
     name: str
     module: nn.Module
     block: Block | None
+    tower: str = LANGUAGE
+
+    @property
+    def stack(self) -> str:
+        """The path of the list that the layer stands in."""
+        return self.name.rpartition(".")[0]
+
+
+def tower_config(config, tower: str):
+    """The part of a model's configuration that describes one tower; all of it for a language model."""
+    return config.vision_config if tower == VISION else config.get_text_config()
+
+
+def of_tower(layers: Sequence["Layer"], tower: str) -> list["Layer"]:
+    """The layers of one tower."""
+    return [layer for layer in layers if layer.tower == tower]
+
+
+def towers_of(layers: Sequence["Layer"]) -> list[str]:
+    """The towers that the layers belong to, in the order in which data flows."""
+    return list(dict.fromkeys(layer.tower for layer in layers))
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
-    """The decoder layers of a language model, in order, each with its MLP.
+    """The layers of a language model, each with its MLP, in the order in which data flows.
 
-    Raises UserError for mixtures of experts, encoder-decoders, several stacks, quantised weights and
-    layouts that are not in `LAYOUTS`; the line names the family and what would work.
+    Of a model that also sees, the layers of the vision tower come first.
+
+    Raises UserError for mixtures of experts, encoder-decoders, other stacks, quantised weights and layouts
+    that are not in `LAYOUTS`; the line names the family and what would work.
     """
     family = getattr(model.config, "model_type", type(model).__name__)
     _refuse_experts(model, family)
     blocks = list(_find_blocks(model))
-    stacks = {_stack_of(name, model) for name, _, _ in blocks}
-    if None in stacks or len(stacks) != 1:
+    stacks = list(dict.fromkeys(_stack_of(name, model) for name, _, _ in blocks))
+    towers = {LANGUAGE: stacks[0]} if len(stacks) == 1 else _name_towers(model, stacks)
+    if not stacks or None in stacks or towers is None:
         found = "no MLP was recognised" if not blocks else f"its MLPs stand in {len(stacks)} stacks of layers"
         raise UserError(f"--model: cannot prune the family '{family}': {found}; {_supported()}")
-    stack = stacks.pop()
-    by_layer = {index: list(group) for index, group in groupby(blocks, key=lambda b: _index_in(stack, b[0]))}
-    for index, found in by_layer.items():
+    return [layer for tower, stack in towers.items() for layer in _layers_of(model, family, blocks, tower, stack)]
+
+
+def _name_towers(model: nn.Module, stacks: list[str]) -> dict[str, str] | None:
+    """Which stack sees and which speaks, vision first; None unless the model has one of each."""
+    if not hasattr(model.config, "vision_config") or len(stacks) != 2:
+        return None
+    spoken = [stack for stack in stacks if model.get_submodule(stack) in model.get_decoder().modules()]
+    seen = [stack for stack in stacks if stack not in spoken]
+    return {VISION: seen[0], LANGUAGE: spoken[0]} if len(seen) == len(spoken) == 1 else None
+
+
+def _layers_of(model, family, blocks, tower, stack) -> Iterator[Layer]:
+    within = [block for block in blocks if block[0].startswith(f"{stack}.")]
+    by_layer = {index: list(group) for index, group in groupby(within, key=lambda b: _index_in(stack, b[0]))}
+    for index, module in enumerate(model.get_submodule(stack)):
+        found = by_layer.get(index, [])
         if len(found) > 1:
             raise UserError(
-                f"--model: cannot prune the family '{family}': layer {index} has {len(found)} MLPs; {_supported()}"
+                f"--model: cannot prune the family '{family}': {stack}.{index} has {len(found)} MLPs; {_supported()}"
             )
-    layers = []
-    for index, module in enumerate(model.get_submodule(stack)):
-        block = Block(*by_layer[index][0]) if index in by_layer else None
+        block = Block(*found[0]) if found else None
         if block:
             _check(block, family)
-        layers.append(Layer(f"{stack}.{index}", module, block))
-    return layers
+        yield Layer(f"{stack}.{index}", module, block, tower)
 
 
-def width_field(model: nn.Module, layers: list[Layer]) -> str | None:
-    """The field of `model.config` that sets the width of every MLP, found by building the model (without memory).
+def width_field(model: nn.Module, layers: Sequence[Layer], tower: str = LANGUAGE) -> str | None:
+    """The field of the tower's configuration that sets the width of its MLPs, found by building the model
+    (without memory).
 
     None when the family's code fixes the width or the layers differ in it.
     """
-    widths = {layer.block.width for layer in layers if layer.block}
-    probe = max(widths) - 1
+    probe = max(layer.block.width for layer in of_tower(layers, tower) if layer.block) - 1
     for field in WIDTH_FIELDS:
-        if not hasattr(model.config, field):
-            continue
         config = copy.deepcopy(model.config)
-        setattr(config, field, probe)
+        if not hasattr(tower_config(config, tower), field):
+            continue
+        setattr(tower_config(config, tower), field, probe)
         with torch.device("meta"):
-            rebuilt = find_layers(type(model)(config))
+            rebuilt = of_tower(find_layers(type(model)(config)), tower)
         if {layer.block.width for layer in rebuilt if layer.block} == {probe}:
             return field
     return None
@@ -196,27 +234,36 @@ def width_field(model: nn.Module, layers: list[Layer]) -> str | None:
 
 def describe_widths(config, layers: Sequence[Layer], widths: Sequence[int]) -> None:
     """Write the widths of the MLPs into the configuration, and what `lib/modeling_pruned.py` must know to follow it."""
-    stack, _, _ = layers[0].name.rpartition(".")
-    with_mlp = [index for index, layer in enumerate(layers) if layer.block]
-    layer, block = layers[with_mlp[0]], layers[with_mlp[0]].block
-    field = next((field for field in WIDTH_FIELDS if hasattr(config, field)), WIDTH_FIELDS[0])
-    config.pruned_mlp = {
-        "field": field,
-        "layers": stack,
-        "mlp": block.name.removeprefix(layer.name).lstrip("."),
-        "inputs": list(block.layout.inputs),
-        "output": block.layout.output,
-        "parts": block.layout.parts,
-    }
-    config.per_layer_config = {index: {field: width} for index, width in zip(with_mlp, widths, strict=True)}
+    width_of = dict(zip((layer.name for layer in layers if layer.block), widths, strict=True))
+    for tower in towers_of(layers):
+        part, members = tower_config(config, tower), of_tower(layers, tower)
+        layer = next((layer for layer in members if layer.block), None)
+        if layer is None:
+            continue
+        field = next((field for field in WIDTH_FIELDS if hasattr(part, field)), WIDTH_FIELDS[0])
+        layout = layer.block.layout
+        part.pruned_mlp = {
+            "field": field,
+            "layers": layer.stack,
+            "mlp": layer.block.name.removeprefix(layer.name).lstrip("."),
+            "inputs": list(layout.inputs),
+            "output": layout.output,
+            "parts": layout.parts,
+        }
+        part.per_layer_config = {i: {field: width_of[member.name]} for i, member in enumerate(members) if member.block}
+
+
+def tower_configs(config) -> list:
+    """The configuration and every configuration nested in it."""
+    return [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]
 
 
 def forget_widths(model: nn.Module) -> nn.Module:
     """Undo what loading by `describe_widths` does: the family's own class again, its MLPs as wide as they are."""
-    config = model.config
-    for name in ("pruned_mlp", "auto_map", "allow_global_per_layer_attribute_access"):
-        config.__dict__.pop(name, None)
-    config.per_layer_config = None
+    for config in tower_configs(model.config):
+        for name in ("pruned_mlp", "auto_map", "allow_global_per_layer_attribute_access"):
+            config.__dict__.pop(name, None)
+        config.per_layer_config = None
     model.__class__ = type(model).__bases__[0]
     return model
 

@@ -29,14 +29,14 @@ def pruned(base: type) -> type:
 
     def __init__(self, config, *args, **kwargs):
         # The family's code reads one width for all layers; whatever it builds gets its true width below.
-        config.allow_global_per_layer_attribute_access = True
+        for part in _parts(config):
+            part.allow_global_per_layer_attribute_access = True
         base.__init__(self, config, *args, **kwargs)
         fit_widths(self)
 
     def save_pretrained(self, *args, **kwargs):
         # Not part of what is saved: without this file, reading one width for all layers must stay an error.
-        configs = [self.config, *(getattr(self.config, name) for name in self.config.sub_configs)]
-        allowed = [c for c in configs if c.__dict__.pop("allow_global_per_layer_attribute_access", None)]
+        allowed = [c for c in _parts(self.config) if c.__dict__.pop("allow_global_per_layer_attribute_access", None)]
         try:
             base.save_pretrained(self, *args, **kwargs)
         finally:
@@ -49,15 +49,21 @@ def pruned(base: type) -> type:
 
 def fit_widths(model: nn.Module) -> None:
     """Give every MLP projection of a freshly built model its width; their weights become uninitialised."""
-    layout = model.config.pruned_mlp
-    for index, layer in enumerate(model.get_submodule(layout["layers"])):
-        mlp = layer.get_submodule(layout["mlp"])
-        width = getattr(model.config.per_layer_config[index], layout["field"])
-        for name in layout["inputs"]:
-            _resize(getattr(mlp, name), outputs=width * layout["parts"])
-        _resize(getattr(mlp, layout["output"]), inputs=width)
-        if hasattr(mlp, layout["field"]):
-            setattr(mlp, layout["field"], width)
+    for config in _parts(model.config):
+        layout = getattr(config, "pruned_mlp", None)
+        for index, layer in enumerate(model.get_submodule(layout["layers"]) if layout else []):
+            mlp = layer.get_submodule(layout["mlp"])
+            width = getattr(config.per_layer_config[index], layout["field"])
+            for name in layout["inputs"]:
+                _resize(getattr(mlp, name), outputs=width * layout["parts"])
+            _resize(getattr(mlp, layout["output"]), inputs=width)
+            if hasattr(mlp, layout["field"]):
+                setattr(mlp, layout["field"], width)
+
+
+def _parts(config) -> list:
+    """A configuration and those nested in it (text and vision)."""
+    return [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]
 
 
 def _resize(module: nn.Module, inputs: int | None = None, outputs: int | None = None) -> None:

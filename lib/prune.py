@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib.errors import UserError
-from lib.mlp import Block, Layer, width_field
+from lib.mlp import Block, Layer, of_tower, tower_config, towers_of, width_field
 from lib.score import CROSS_ENTROPY, FIRST_ORDER, Batch, saliency_sums
 
 
@@ -115,7 +115,7 @@ class Method:
     """One row of the method table.
 
     structured: removes whole neurons (else single weights);  objectives: the arguments of `formula`, in order;
-    by_neuron_score: formulas that replace `formula` for some neuron score.
+    by_neuron_score: formulas that replace `formula` for some neuron score;  sees: for models with a vision tower.
     """
 
     name: str
@@ -124,6 +124,7 @@ class Method:
     formula: Callable[..., ModelVector]
     summary: str
     by_neuron_score: dict[str, Callable[..., ModelVector]] | None = None
+    sees: bool = False
 
     def reduction(self, neuron_score: str) -> Callable[[list[Tensor]], Tensor]:
         """What is summed over the samples."""
@@ -140,6 +141,15 @@ METHODS = {
     method.name: method
     for method in (
         Method("structured_afr", True, BOTH, afr, "neurons by z(A_FO) + z(A_CE^2)", {"trimmed_mean": afr_squared}),
+        Method(
+            "structured_afr_llava",
+            True,
+            BOTH,
+            afr,
+            "structured_afr for LLaVA, on the language and on the vision tower",
+            {"trimmed_mean": afr_squared},
+            sees=True,
+        ),
         Method("structured_snip", True, (CROSS_ENTROPY,), snip, "neurons by A_CE"),
         Method("structured_refer_svd", True, (FIRST_ORDER,), refer_svd, "neurons by A_FO"),
         Method("afr", False, BOTH, afr, "weights by z(sum|Q_FO|) + z(sum|Q_CE|)"),
@@ -300,15 +310,28 @@ def choose(
     neuron_score: str = "trimmed_mean",
     align: int = 1,
 ) -> Selection:
-    """Score the model on the batches and select what the method keeps at this ratio."""
+    """Score the model on the batches and select what the method keeps at this ratio.
+
+    Towers are standardised and thresholded each on its own.
+    """
     if ratio == 0 and method.structured:  # nothing to choose, so nothing to score
         return Selection(True, tuple(torch.arange(block.width) for block in blocks_of(layers)))
+    kept = []
     with tempfile.TemporaryDirectory(prefix="afr-st-") as spill:
         sums = sum_saliencies(model, layers, batches, method, neuron_score, spill)
-        scores = method.scores(sums, neuron_score)
-        if method.structured:
-            return select_neurons(list(scores), ratio, across_layers, align)
-        return select_weights(scores, ratio, across_layers)
+        for tower in pruned_towers(layers):
+            scores = method.scores(sums_of_tower(sums, layers, tower), neuron_score)
+            if method.structured:
+                kept.extend(select_neurons(list(scores), ratio, across_layers, align).kept)
+            else:
+                kept.extend(select_weights(scores, ratio, across_layers).kept)
+    return Selection(method.structured, tuple(kept))
+
+
+def sums_of_tower(sums: dict[str, ModelVector], layers: Sequence[Layer], tower: str) -> dict[str, ModelVector]:
+    """The part of the sums that belongs to one tower's MLPs."""
+    places = [place for place, layer in enumerate(layer for layer in layers if layer.block) if layer.tower == tower]
+    return {o: ModelVector(len(places), lambda i, v=vector: v[places[i]]) for o, vector in sums.items()}
 
 
 @torch.no_grad()
@@ -317,16 +340,22 @@ def remove(model: nn.Module, layers: Sequence[Layer], selection: Selection) -> N
 
     The configuration gets the new width where it is one number (see `lib.mlp.width_field`).
     """
-    field = width_field(model, layers) if selection.structured else None
+    fields = {t: width_field(model, layers, t) for t in pruned_towers(layers)} if selection.structured else {}
     for block, kept in zip(blocks_of(layers), selection.kept, strict=True):
         if selection.structured:
             block.keep_neurons(kept)
         else:
             for projection, mask in zip(block.projections, weight_masks(block, kept)):
                 projection.weight.mul_(mask.to(projection.weight.device))
-    widths = {block.width for block in blocks_of(layers)}
-    if field and len(widths) == 1:
-        setattr(model.config, field, *widths)
+    for tower, field in fields.items():
+        widths = {block.width for block in blocks_of(of_tower(layers, tower))}
+        if field and len(widths) == 1:
+            setattr(tower_config(model.config, tower), field, *widths)
+
+
+def pruned_towers(layers: Sequence[Layer]) -> list[str]:
+    """The towers that have MLPs to prune."""
+    return towers_of([layer for layer in layers if layer.block])
 
 
 def blocks_of(layers: Sequence[Layer]) -> list[Block]:

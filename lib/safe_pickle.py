@@ -22,14 +22,24 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 
 from lib.errors import UserError
 
 REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 REBUILDERS = ("torch._utils", "torch._tensor")  # a weight must not become a stand-in by mistake
 RECORDED = ("torch", "transformers")  # packages whose names may occur
-DATA_CLASSES = (PreTrainedConfig, GenerationConfig, PreTrainedTokenizerBase, Enum, torch.dtype)
+DATA_CLASSES = (
+    PreTrainedConfig,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    ImageProcessingMixin,
+    Enum,
+    torch.dtype,
+)
 BUILTINS = {
     kind.__name__: kind
     for kind in (
@@ -185,7 +195,20 @@ def _resolve(module: str, name: str) -> object | None:
 
 def _holds_data(name: str) -> bool:
     """Only modules that may hold a data class are imported at all."""
-    return name.endswith(("Config", "Tokenizer", "TokenizerFast", "Backend", "Strategy", "Type", "Mode", "Processor"))
+    return name.endswith(
+        (
+            "Config",
+            "Tokenizer",
+            "TokenizerFast",
+            "Backend",
+            "Pil",
+            "Resampling",
+            "Strategy",
+            "Type",
+            "Mode",
+            "Processor",
+        )
+    )
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:

@@ -9,7 +9,7 @@ which objectives it needs and how the saliencies of one layer are reduced.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lib.errors import UserError
-from lib.mlp import Block, Layer
+from lib.mlp import LANGUAGE, Block, Layer
 
 CROSS_ENTROPY = "ce"
 FIRST_ORDER = "fo"
@@ -80,20 +80,69 @@ def saliency_sums(
     Raises UserError when the model computes something between its layers or produces NaN or infinity.
     """
     device = next(layers[0].module.parameters()).device
+    first = next(index for index, layer in enumerate(layers) if layer.block)  # nothing is needed from those before it
     model.requires_grad_(False)
-    with tqdm(total=len(batches) * (1 + len(layers)), desc="scoring", unit="layer", disable=None) as bar:
+    with tqdm(total=len(batches) * (1 + len(layers) - first), desc="scoring", unit="layer", disable=None) as bar:
         tape = _record(model, layers, batches, device, bar)
-        cotangents = {objective: [None] * len(batches) for objective in objectives}
-        if CROSS_ENTROPY in objectives:
-            cotangents[CROSS_ENTROPY] = [
-                cross_entropy_cotangent(model, layers, batch.to(device), output.to(device), tape.tuples).to(tape.store)
-                for batch, output in zip(batches, tape.outputs)
-            ]
-        tape.outputs.clear()
-        for index in reversed(range(len(layers))):
-            sums = _walk_layer(layers[index], tape, index, batches, cotangents, reduce, device, bar)
-            if sums:
-                yield index, sums
+        pulled = {objective: [None] * len(batches) for objective in objectives}
+        for tower in reversed(tower_ranges(layers)):
+            if tower.stop <= first:
+                break
+            arriving = _arriving(model, layers, tower, batches, tape, pulled, device)
+            reached = max(arriving, default=tower.start - 1 if layers[tower.stop :] else tower.stop - 1)
+            for index in reversed(range(max(tower.start, first), tower.stop)):
+                if index > reached:  # the model does not use what this layer computes
+                    bar.update(len(batches))
+                    sums = _zeros(layers[index], objectives, reduce)
+                else:
+                    _add(pulled, arriving.pop(index, {}))
+                    sums = _walk_layer(layers[index], tape, index, batches, pulled, reduce, device, bar)
+                if sums:
+                    yield index, sums
+
+
+def tower_ranges(layers: Sequence[Layer]) -> list[range]:
+    """The indices of each tower's layers, in the order in which data flows."""
+    starts = [i for i, layer in enumerate(layers) if i == 0 or layer.tower != layers[i - 1].tower]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(layers)], strict=True)]
+
+
+def _arriving(model, layers, tower: range, batches, tape, pulled, device) -> dict[int, dict[str, list[Tensor]]]:
+    """Cotangents that reach the outputs of a tower's layers from outside it: `{layer: {objective: per batch}}`."""
+    arriving: dict[int, dict[str, list[Tensor]]] = {}
+    behind = layers[tower.stop :]
+    for number, batch in enumerate(batches):
+        if behind:
+            outputs = [tape.output(index, number).to(device) for index in tower]
+            above = {o: p[number].to(device) for o, p in pulled.items() if p[number] is not None}
+            found = bridge_cotangents(model, layers, tower, batch.to(device), outputs, above, tape.tuples)
+        elif CROSS_ENTROPY in pulled:
+            last = tape.output(tower.stop - 1, number).to(device)
+            found = {
+                tower.stop - 1: {
+                    CROSS_ENTROPY: cross_entropy_cotangent(model, layers, batch.to(device), last, tape.tuples)
+                }
+            }
+        else:
+            found = {tower.stop - 1: {}}
+        for index, by_objective in found.items():
+            for objective, cotangent in by_objective.items():
+                arriving.setdefault(index, {}).setdefault(objective, []).append(cotangent.to(tape.store))
+    for objective in pulled:
+        pulled[objective] = [None] * len(batches)
+    return arriving
+
+
+def _add(pulled: dict[str, list], arriving: dict[str, list[Tensor]]) -> None:
+    for objective, cotangents in arriving.items():
+        pulled[objective] = [c if p is None else p + c for p, c in zip(pulled[objective], cotangents, strict=True)]
+
+
+def _zeros(layer: Layer, objectives: Sequence[str], reduce: Reduce) -> dict[str, Tensor]:
+    if layer.block is None:
+        return {}
+    nothing = [torch.zeros(p.weight.shape) for p in layer.block.projections]
+    return {objective: reduce(nothing) for objective in objectives}
 
 
 def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) -> dict[str, Tensor]:
@@ -104,6 +153,8 @@ def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) ->
         hidden = tape.inputs[index][number].to(device).requires_grad_()
         tape.inputs[index][number] = None
         args, kwargs = tape.calls[index][number]
+        # Images are not padded; tokens may be.
+        real = batch.real.to(device) if layer.tower == LANGUAGE else hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
         with _captured(layer.block) as seen, torch.enable_grad():
             output = _hidden_of(layer.module(hidden, *args, **kwargs))
         outputs = [y for _, y in seen]
@@ -111,11 +162,11 @@ def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) ->
             roots, grads = ([output], [pulled[number].to(device)]) if pulled[number] is not None else ([], [])
             if objective == FIRST_ORDER:
                 roots = roots + outputs
-                grads = grads + _output_norm_cotangents(layer.block, outputs, batch.real.to(device))
+                grads = grads + _output_norm_cotangents(layer.block, outputs, real)
             if not roots:
                 continue
             into, *left_grads = torch.autograd.grad(roots, [hidden, *outputs], grads, retain_graph=True)
-            pulled[number] = into.to(tape.store) if index else None
+            pulled[number] = into.to(tape.store)
             entered = [x for x, _ in seen]
             per_sample = objective == CROSS_ENTROPY
             for q in _saliencies(layer.block, entered, left_grads, len(batch), per_sample):
@@ -167,15 +218,58 @@ def cross_entropy_cotangent(
     counts = (labels != IGNORE).sum(1, keepdim=True).clamp_min(1)
     total = torch.zeros_like(hidden)
     scale = FLOAT16_LOSS_SCALE if hidden.dtype == torch.float16 else 1.0
+    handed = [hidden if layer.tower == layers[-1].tower else None for layer in layers]
     for positions in _positions(model, hidden):
         keep = {} if positions is None else {"logits_to_keep": positions}
-        with _handing_on(layers, hidden, tuples), torch.enable_grad():
+        with _handing_on(layers, handed, tuples), torch.enable_grad():
             logits = model(**batch.inputs, use_cache=False, **keep).logits.float()
             targets = labels if positions is None else labels[:, positions]
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
             loss = (losses.view_as(targets) / counts).sum() * scale
         total += torch.autograd.grad(loss, hidden)[0]
     return total
+
+
+def bridge_cotangents(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    tower: range,
+    batch: Batch,
+    outputs: list[Tensor],
+    above: dict[str, Tensor],
+    tuples: bool,
+) -> dict[int, dict[str, Tensor]]:
+    """Pull cotangents at the input of the next tower back to the outputs of this tower's layers.
+
+    `outputs` are what this tower's layers compute, `above` the cotangents per objective. What lies between the
+    towers (feature selection, projector, splicing into the text) is the model's own code, called with layers
+    that hand these outputs on. Layers whose output the model does not use are absent from the result.
+    """
+    leaves = [output.detach().requires_grad_() for output in outputs]
+    following = layers[tower.stop]
+    entered = []
+
+    def catch(module, args, kwargs):
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = following.module.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        handed = [*[None] * tower.start, *leaves, *[None] * (len(layers) - tower.stop)]
+        with _handing_on(layers, handed, tuples), torch.enable_grad():
+            model(**batch.inputs, use_cache=False, **_least_head(model))
+    finally:
+        handle.remove()
+    found: dict[int, dict[str, Tensor]] = {}
+    for objective, cotangent in above.items():
+        slopes = torch.autograd.grad(entered[0], leaves, cotangent, retain_graph=True, allow_unused=True)
+        for index, slope in zip(tower, slopes, strict=True):
+            if slope is not None:
+                found.setdefault(index, {})[objective] = slope
+    return found
+
+
+def _least_head(model: nn.Module) -> dict[str, int]:
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _positions(model: nn.Module, hidden: Tensor) -> Sequence[Tensor | None]:
@@ -231,19 +325,24 @@ class _Tape:
     store: torch.device
     inputs: list[list[Tensor]]
     calls: list[list[tuple[tuple, dict]]]
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: dict[int, list[Tensor]]  # of the last layer of each tower
     tuples: bool = False
+
+    def output(self, layer: int, batch: int) -> Tensor:
+        """What a layer computed: the next one's input, or the end of its tower."""
+        return (self.outputs[layer] if layer in self.outputs else self.inputs[layer + 1])[batch]
 
 
 @torch.no_grad()
 def _record(model, layers, batches, device, bar) -> _Tape:
-    tape = _Tape(torch.device("cpu"), [[] for _ in layers], [[] for _ in layers])
+    ends = [tower.stop - 1 for tower in tower_ranges(layers)]
+    tape = _Tape(torch.device("cpu"), [[] for _ in layers], [[] for _ in layers], {end: [] for end in ends})
     previous = None  # what the layer before handed on
 
     def before(index):
         def hook(module, args, kwargs):
             hidden, *rest = args or (kwargs.pop("hidden_states"),)
-            if index and hidden is not previous:
+            if index and index - 1 not in tape.outputs and hidden is not previous:
                 raise UserError(
                     f"--model: {layers[index].name} is not fed by the layer before it alone; "
                     "families that compute something between their layers cannot be scored"
@@ -256,20 +355,23 @@ def _record(model, layers, batches, device, bar) -> _Tape:
 
         return hook
 
-    def after(module, args, output):
-        nonlocal previous
-        previous = _hidden_of(output)
-        tape.tuples = isinstance(output, tuple)
+    def after(index):
+        def hook(module, args, output):
+            nonlocal previous
+            previous = _hidden_of(output)
+            if index in tape.outputs:
+                tape.outputs[index].append(previous.to(tape.store))
+                tape.tuples = isinstance(output, tuple)
+
+        return hook
 
     with ExitStack() as hooks:
         for index, layer in enumerate(layers):
             hooks.callback(layer.module.register_forward_pre_hook(before(index), with_kwargs=True).remove)
-            hooks.callback(layer.module.register_forward_hook(after).remove)
-        head = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+            hooks.callback(layer.module.register_forward_hook(after(index)).remove)
         for batch in batches:
             # With a cache, a layer that is run again would see every key twice.
-            model(**batch.to(device).inputs, use_cache=False, **head)
-            tape.outputs.append(previous.to(tape.store))
+            model(**batch.to(device).inputs, use_cache=False, **_least_head(model))
             bar.update()
             if not previous.isfinite().all():
                 raise _not_finite(layers, tape, previous.dtype)
@@ -326,19 +428,19 @@ def _captured(block: Block | None) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 @contextmanager
-def _handing_on(layers: Sequence[Layer], hidden: Tensor, tuples: bool) -> Iterator[None]:
-    """Within this context the layers compute nothing, and the last one returns `hidden`."""
+def _handing_on(layers: Sequence[Layer], outputs: Sequence[Tensor | None], tuples: bool) -> Iterator[None]:
+    """Within this context the layers compute nothing: each returns its tensor of `outputs`, or its input for None."""
     with ExitStack() as restore:
-        for layer in layers:
-            module, last = layer.module, layer is layers[-1]
+        for layer, output in zip(layers, outputs, strict=True):
+            module = layer.module
             if "forward" in module.__dict__:  # accelerate wraps forward this way
                 restore.callback(setattr, module, "forward", module.forward)
             else:
                 restore.callback(module.__dict__.pop, "forward", None)
 
-            def forward(*args, _last=last, hidden_states=None, **kwargs):
-                passed = hidden if _last else (args[0] if args else hidden_states)
-                return (passed, None, None) if tuples else passed
+            def forward(*args, _output=output, hidden_states=None, **kwargs):
+                handed = _output if _output is not None else args[0] if args else hidden_states
+                return (handed, None, None) if tuples else handed
 
             module.forward = forward
         yield

@@ -140,11 +140,11 @@ def test_a_model_that_recorded_hidden_states_is_saved_and_rebuilt(tmp_path):
 @pytest.mark.parametrize("form", ["hf", "bin"])
 def test_verification_notices_a_form_that_computes_something_else(tmp_path, form):
     model = saved(tmp_path / "out", formats=[form])
-    checkpoint.verify(tmp_path / "out", model, IDS[0], [form])
+    checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, [form])
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.05)
     with pytest.raises(UserError, match="does not compute"):
-        checkpoint.verify(tmp_path / "out", model, IDS[0], [form])
+        checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, [form])
 
 
 # --- hostile and damaged files ----------------------------------------------------------------------
