@@ -50,6 +50,7 @@ def run(argv: list[str] | None) -> None:
 
     with record.phase("calibrate"):
         samples = calibration.samples(model, loaded.tokenizer, args.nsamples, loaded.seqlen, args.seed)
+        data.refuse_unknown_tokens(model, samples)
         record.calibrated(samples, data.fingerprint(samples))
     if args.eval_ppl:
         with record.phase("evaluate"):
@@ -57,6 +58,7 @@ def run(argv: list[str] | None) -> None:
             windows, source = data.held_out_windows(
                 calibration, model, loaded.tokenizer, seqlen, args.eval_windows, args.seed
             )
+            data.refuse_unknown_tokens(model, windows)
             record.measured_on = f"{source}, {len(windows)} windows of {seqlen} tokens"
 
     def measure(name):
@@ -92,7 +94,7 @@ def run(argv: list[str] | None) -> None:
             checkpoint.save(folder, saved, layers, loaded.tokenizer, formats)
             checkpoint.save_selection(folder, layers, selection)
             if not args.no_verify:
-                checkpoint.verify(folder, saved, samples[0][:VERIFY_TOKENS], formats)
+                checkpoint.verify(folder, saved, {"input_ids": samples[0][None, :VERIFY_TOKENS]}, formats)
                 record.verified = True
             checkpoint.save_report(folder, record.report())
         record.bytes_on_disk = checkpoint.bytes_on_disk(args.save_model, formats)

@@ -53,10 +53,21 @@ class Source:
         dtype = torch.float32 if self.is_gguf and dtype == "auto" else dtype
         if hasattr(config, "pruned_mlp"):
             # Such a folder names code beside it; the same code stands here, and is the one that is trusted.
-            model = forget_widths(self._load(modeling_pruned.pruned(causal_class(config)), dtype=dtype))
+            model = forget_widths(self._load_whole(modeling_pruned.pruned(causal_class(config)), dtype=dtype))
         else:
-            model = self._load(AutoModelForCausalLM, dtype=dtype, **extra)
+            model = self._load_whole(AutoModelForCausalLM, dtype=dtype, **extra)
         return model.eval().requires_grad_(False)
+
+    def _load_whole(self, model_class, **extra) -> nn.Module:
+        """The model, unless the checkpoint lacks a weight; transformers would make one up."""
+        model, found = self._load(model_class, output_loading_info=True, **extra)
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(
+                f"--model {self.name}: the checkpoint has no {missing[0]}"
+                + (f" and lacks {len(missing) - 1} more weights" if missing[1:] else "")
+                + "; fetch it again"
+            )
+        return model
 
     def _load(self, auto_class, **extra):
         try:
@@ -70,10 +81,10 @@ class Source:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, ImportError):
             return f"needs a package that is not installed: {reason}"
-        if "gated" in reason.lower() or "401" in reason or "403" in reason:
-            return "the Hub asks for permission; accept the model's licence there, then run 'hf auth login'"
         if Path(self.name).exists():
             return f"cannot be loaded, the folder or file may be incomplete ({type(error).__name__}: {reason})"
+        if "gated" in reason.lower() or "401" in reason or "403" in reason:
+            return "the Hub asks for permission; accept the model's licence there, then run 'hf auth login'"
         return (
             "no such folder here, and the Hub did not serve it; check the name and the network, or give a local "
             f"folder ({type(error).__name__}: {reason[:120]})"

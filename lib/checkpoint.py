@@ -2,12 +2,13 @@
 
 import copy
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -50,22 +51,44 @@ def check_target(target: str, overwrite: bool) -> None:
 
 @contextmanager
 def complete_or_absent(target: str) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error."""
+    """A temporary folder beside `target` that takes its place when the block ends without an error.
+
+    Otherwise everything is as it was. Raises UserError when the disk does not take it.
+    """
     path = Path(target).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    missing = [parent for parent in path.parents if not parent.exists()]
+    partial = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         yield partial
         _share(partial)
-        replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        if path.exists():
-            os.rename(path, replaced / "old")
-        os.rename(partial, path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _replace(path, partial)
     except OSError as error:
         raise UserError(f"--save_model {target}: cannot be written ({error.strerror or error})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # a parent that is not empty stays
+            for parent in missing:
+                parent.rmdir()
+
+
+def _replace(path: Path, new: Path) -> None:
+    """Put the folder `new` where `path` is; when that fails, the old one comes back."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        os.rename(path, aside / "old")
+        os.rename(new, path)
+    except BaseException:
+        if not path.exists():
+            os.rename(aside / "old", path)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _share(folder: Path) -> None:
@@ -123,20 +146,36 @@ def save_folder(folder: Path, model: nn.Module, layers: Sequence[Layer]) -> None
 
 
 def verify(folder: Path, model: nn.Module, inputs: dict[str, torch.Tensor], formats: Sequence[str]) -> None:
-    """Load what was saved as its users will, and compare logits on model inputs. Moves `model` to the CPU.
+    """Load what was saved as its users will; compare its weights, bit by bit, and its logits on model inputs.
 
-    Raises UserError when a form does not load or computes something else.
+    Moves `model` to the CPU. Raises UserError when a form does not load or is not the same model.
     """
     model.to("cpu")
     with torch.no_grad():
-        wanted = model(**inputs).logits
+        wanted = model(**inputs).logits.float()
         for form in formats:
-            found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
-            if not torch.allclose(found(**inputs).logits, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max())):
+            try:
+                found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
+                reason = _difference(found, model, found(**inputs).logits.float(), wanted)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            if reason:
                 raise UserError(
-                    f"--save_model: the saved {form} form does not compute what the pruned model does; "
+                    f"--save_model: the saved {form} form, loaded back, is not the pruned model ({reason}); "
                     "nothing was kept. Another --save_format may work; please report the model family"
                 )
+
+
+def _difference(found: nn.Module, model: nn.Module, logits: torch.Tensor, wanted: torch.Tensor) -> str:
+    """What tells the models apart; empty when nothing does."""
+    weights = found.state_dict()
+    for name, weight in model.state_dict().items():
+        if name not in weights or not torch.equal(weights[name], weight):
+            return f"{name} differs"
+    # The layout of a weight in memory decides how its products are rounded, so equal weights give logits
+    # that are equal only up to the precision of their dtype.
+    allowed = 8 * torch.finfo(model.dtype).eps * math.sqrt(wanted.numel())
+    return "" if (logits - wanted).norm() <= allowed * wanted.abs().max() else "its logits differ"
 
 
 def load_folder(folder: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -163,22 +202,33 @@ def save_selection(folder: Path, layers: Sequence[Layer], selection: Selection) 
     """Write what was kept, under the name of each MLP.
 
     Neurons: sorted indices, int32. Weights: one packed bit each (`numpy.packbits`), projections in the order
-    of the metadata, each `[d_ff, d]`.
+    and the shapes `[d_ff, d]` of the metadata's `projections`.
     """
     blocks = blocks_of(layers)
     if selection.structured:
         kept = {b.name: indices.int() for b, indices in zip(blocks, selection.kept, strict=True)}
         save_file(kept, folder / KEPT_NEURONS)
         return
-    shapes = {b.name: json.dumps({p.name: list(p.weight.shape) for p in b.projections}) for b in blocks}
-    save_file({b.name: bits for b, bits in zip(blocks, selection.kept, strict=True)}, folder / KEPT_WEIGHTS, shapes)
+    shapes = {b.name: {p.name: list(p.weight.shape) for p in b.projections} for b in blocks}
+    # One key: safetensors writes several in an order that changes from run to run.
+    metadata = {"projections": json.dumps(shapes)}
+    save_file({b.name: bits for b, bits in zip(blocks, selection.kept, strict=True)}, folder / KEPT_WEIGHTS, metadata)
 
 
 def save_report(folder: Path, report: dict) -> None:
     """Write `pruning.json`, each list on one line."""
-    text = json.dumps(report, indent=2)
+    text = json.dumps(_finite(report), indent=2, allow_nan=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value):
+    """The same with infinity and NaN as text, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _finite(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(held) for held in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def bytes_on_disk(folder: str, formats: Sequence[str]) -> dict[str, int]:

@@ -5,9 +5,9 @@ import json
 import os
 import random
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,18 +89,27 @@ def open_split(name: str, split: str, data_dir: str) -> Dataset:
     folder = Path(data_dir) / name
     if not folder.exists():
         _fetch(name, folder)
-    try:
+    with _reading(name, data_dir):
         found = load_from_disk(str(folder))
-    except Exception as error:
-        raise UserError(
-            f"--dataset {name}: {folder} is damaged or not a save_to_disk folder "
-            f"({type(error).__name__}); delete it so that it is fetched again"
-        ) from error
     if isinstance(found, Dataset):
         found = DatasetDict({str(found.split): found})
     if split not in found:
         raise UserError(f"--dataset {name}: {folder} has the splits {', '.join(found)}, but '{split}' is needed")
     return found[split]
+
+
+@contextmanager
+def _reading(name: str, data_dir: str) -> Iterator[None]:
+    """Turn what goes wrong while a local copy is read into a UserError that names its folder."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--dataset {name}: {Path(data_dir) / name} is damaged or not the set of this name "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:100]}); delete it so that it is fetched again"
+        ) from error
 
 
 def _fetch(name: str, folder: Path) -> None:
@@ -114,13 +123,13 @@ def _fetch(name: str, folder: Path) -> None:
             f"({type(error).__name__}); connect to the network once, or put a save_to_disk folder there "
             f"(see --data_dir)"
         ) from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent)
     try:
-        loaded.save_to_disk(partial)
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder.parent) as partial:
+            loaded.save_to_disk(Path(partial) / name)
+            os.rename(Path(partial) / name, folder)
+    except OSError as error:
+        raise UserError(f"--data_dir {folder.parent}: cannot be written ({error.strerror or error})") from error
 
 
 def read_file(path: str) -> str:
@@ -132,15 +141,16 @@ def read_file(path: str) -> str:
         if path.endswith(".txt"):
             return Path(path).read_text(encoding="utf-8")
         if path.endswith(".jsonl"):
-            rows = [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+            rows = [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
         else:
             rows = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
         return "\n\n".join(rows)
     except FileNotFoundError as error:
         raise UserError(f"--dataset {path}: no such file") from error
     except Exception as error:
+        reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"--dataset {path}: cannot be read ({type(error).__name__}: {str(error)[:100]}); expected "
+            f"--dataset {path}: cannot be read ({type(error).__name__}: {reason}); expected "
             f"UTF-8 text, or records with a string column 'text'"
         ) from error
 
@@ -169,16 +179,23 @@ class Calibration:
         """
         if self.name == SELF_GENERATED:
             return list(generate_windows(model, tokenizer, n, seqlen, seed))
+        with _reading(self.name, self.data_dir):
+            texts = self._texts(n, seed)
+        if self.rows is None or SETS[self.name].sample is None:
+            return random_windows(tokenize(tokenizer, "\n\n".join(texts)), n, seqlen, seed, self.name)
+        # Too long a sample loses its beginning: the answer stands at the end.
+        return [tokenize(tokenizer, text)[-seqlen:] for text in texts]
+
+    def _texts(self, n: int, seed: int) -> list[str]:
+        """One text per sample; all texts of a set that is cut into windows."""
         if self.rows is None:
-            return random_windows(tokenize(tokenizer, self.text), n, seqlen, seed, self.name)
+            return [self.text]
         if SETS[self.name].sample is None:
-            return random_windows(tokenize(tokenizer, "\n\n".join(self.rows["text"])), n, seqlen, seed, self.name)
+            return list(self.rows["text"])
         if n > len(self.rows):
             raise UserError(f"--nsamples {n}: {self.name} ({SETS[self.name].split}) has {len(self.rows)} samples")
         chosen = random.Random(seed).sample(range(len(self.rows)), n)
-        texts = [SETS[self.name].sample(self.rows[index]) for index in chosen]
-        # Too long a sample loses its beginning: the answer stands at the end.
-        return [tokenize(tokenizer, text)[-seqlen:] for text in texts]
+        return [SETS[self.name].sample(self.rows[index]) for index in chosen]
 
 
 def random_windows(ids: Tensor, n: int, seqlen: int, seed: int, name: str) -> list[Tensor]:
@@ -192,6 +209,16 @@ def random_windows(ids: Tensor, n: int, seqlen: int, seed: int, name: str) -> li
 def tokenize(tokenizer, text: str) -> Tensor:
     """Token ids `[tokens]`, with the special tokens that the tokenizer adds by itself."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def refuse_unknown_tokens(model, samples: Sequence[Tensor]) -> None:
+    """Raise UserError when the tokenizer made ids that the model's embedding has no row for."""
+    highest, rows = max(int(sample.max()) for sample in samples), len(model.get_input_embeddings().weight)
+    if highest >= rows:
+        raise UserError(
+            f"--model: its tokenizer makes token {highest}, but its embedding has only {rows} rows; they do not "
+            "belong together"
+        )
 
 
 @torch.no_grad()
@@ -236,7 +263,9 @@ def held_out_windows(
     if calibration.name == SELF_GENERATED:
         windows = generate_windows(model, tokenizer, n or SELF_GENERATED_WINDOWS, seqlen, seed + HELD_OUT_SEED)
         return windows, "the dense model's own text, another seed"
-    ids = tokenize(tokenizer, "\n\n".join(open_split("wikitext2", "test", calibration.data_dir)["text"]))
+    rows = open_split("wikitext2", "test", calibration.data_dir)
+    with _reading("wikitext2", calibration.data_dir):
+        ids = tokenize(tokenizer, "\n\n".join(rows["text"]))
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:n]
     if not len(windows):
         raise UserError(f"--eval_ppl: wikitext2 test has {len(ids)} tokens, fewer than one window of {seqlen}")

@@ -23,7 +23,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Wraps help texts, keeps the examples as they are, and prints defaults that mean something."""
 
     def _get_help_string(self, action):
-        silent = action.required or action.default in (None, False, argparse.SUPPRESS)
+        silent = action.required or any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))
         return action.help if silent or "%(default)" in action.help else f"{action.help} [default: %(default)s]"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -282,7 +282,13 @@ def sum_saliencies(
         sums[index] = layer_sums
         if not method.structured:
             sums[index] = Path(spill) / f"{index}.safetensors"
-            save_file(layer_sums, sums[index])
+            try:
+                save_file(layer_sums, sums[index])
+            except SafetensorError as error:
+                raise UserError(
+                    f"--prune_method {method.name}: its scores ({4 * len(method.objectives)} bytes per MLP weight) do not fit "
+                    f"into {tempfile.gettempdir()} ({error}); set TMPDIR to a folder with more room"
+                ) from error
     return gather(sums, method.objectives)
 
 

@@ -1,6 +1,7 @@
 """What a run did: for a person on the terminal, and for a program in `pruning.json`."""
 
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,7 @@ class Run:
     def report(self) -> dict:
         """Everything, in plain types, for `pruning.json`."""
         return {
-            "command": " ".join(["python", *sys.argv]),
+            "command": shlex.join(["python", *sys.argv]),
             "arguments": self.args,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
             "data": self.data,

@@ -21,13 +21,38 @@ PATCHES = 4
 
 def tiny_llava(feature_layer=-2, strategy="default"):
     torch.manual_seed(0)
-    text = LlamaConfig(vocab_size=64, hidden_size=24, intermediate_size=50, num_hidden_layers=3, num_attention_heads=2,
-                       num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=28, num_hidden_layers=4, num_attention_heads=2,
-                              image_size=8, patch_size=4, projection_dim=16)
-    model = LlavaForConditionalGeneration(LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=IMAGE, image_token_id=IMAGE,
-        vision_feature_layer=feature_layer, vision_feature_select_strategy=strategy, image_seq_length=PATCHES)).eval()
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=50,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=28,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=text,
+            vision_config=vision,
+            image_token_index=IMAGE,
+            image_token_id=IMAGE,
+            vision_feature_layer=feature_layer,
+            vision_feature_select_strategy=strategy,
+            image_seq_length=PATCHES,
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -69,8 +94,10 @@ def oracle(model, groups, batch):
     def q(loss):
         slopes = torch.autograd.grad(loss, [m.weight for m in modules], retain_graph=True, allow_unused=True)
         slope = {m: torch.zeros_like(m.weight) if g is None else g for m, g in zip(modules, slopes)}
-        return [[oriented((m.weight * slope[m]).detach(), m, m is output) for m in (*inputs, output)]
-                for inputs, output in groups]
+        return [
+            [oriented((m.weight * slope[m]).detach(), m, m is output) for m in (*inputs, output)]
+            for inputs, output in groups
+        ]
 
     result = {"fo": q(first_order), "ce": [q(entropy) for entropy in entropies]}
     for module in modules:
