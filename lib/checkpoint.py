@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -184,6 +184,39 @@ def load_folder(folder: str | Path, dtype: torch.dtype | str = "auto") -> nn.Mod
     remote = True if hasattr(config, "auto_map") else None
     model = auto_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=remote)
     return model.eval().requires_grad_(False)
+
+
+def check_folder(folder: str | Path, trust: bool = False) -> bool:
+    """Whether a Hugging Face folder needs `trust_remote_code=True` to be loaded; reads no weights.
+
+    The only code that is run without `trust` is `modeling_pruned.py` as it stands beside this file. Raises
+    UserError for a folder without configuration or weights, for weights cut short, and for other code.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        remote = "auto_map" in config
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: holds no config.json, so it is not a saved model; copy the whole folder") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder}: its config.json is damaged; copy the folder again") from error
+    own = Path(modeling_pruned.__file__)
+    for file in sorted(folder.glob("*.py")) if remote and not trust else []:
+        if file.name != own.name or file.read_bytes() != own.read_bytes():
+            raise UserError(
+                f"{file}: is not the file that this version of the tool writes, and loading the folder would run it; "
+                "copy the folder again, save it anew, or read the file and then set TRUST=1"
+            )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not any(file.name.startswith("model") for file in weights) and not list(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"{folder}: holds no weights (model.safetensors); copy the whole folder")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: is cut short or damaged; copy it again ({error})") from error
+    return remote
 
 
 def auto_class(config) -> type:

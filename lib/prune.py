@@ -286,8 +286,8 @@ def sum_saliencies(
                 save_file(layer_sums, sums[index])
             except SafetensorError as error:
                 raise UserError(
-                    f"--prune_method {method.name}: its scores ({4 * len(method.objectives)} bytes per MLP weight) do not fit "
-                    f"into {tempfile.gettempdir()} ({error}); set TMPDIR to a folder with more room"
+                    f"--prune_method {method.name}: its scores ({4 * len(method.objectives)} bytes per MLP weight) "
+                    f"do not fit into {tempfile.gettempdir()} ({error}); set TMPDIR to a folder with more room"
                 ) from error
     return gather(sums, method.objectives)
 

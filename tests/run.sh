@@ -5,4 +5,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source lib/environment.sh
 
 ensure_environment requirements.txt requirements-test.txt requirements-demo.txt
-exec "$VENV/bin/python" -m pytest tests -q "$@"
+exec "$VENV/bin/python" -m pytest tests -q -n 2 "$@"
