@@ -31,6 +31,7 @@ from lib.errors import UserError
 REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
 REBUILDERS = ("torch._utils", "torch._tensor")  # a weight must not become a stand-in by mistake
 RECORDED = ("torch", "transformers")  # packages whose names may occur
+PIECE = 2**22  # elements that are read at once
 DATA_CLASSES = (
     PreTrainedConfig,
     GenerationConfig,
@@ -113,7 +114,7 @@ class Record:
 def read(path: Path, dtype: torch.dtype | str = "auto") -> object:
     """The object that `torch.save` wrote, with Records for its modules and floating weights in `dtype`.
 
-    One weight at a time is in memory in its saved form. Raises UserError that lists what is not allowed;
+    No weight is ever in memory twice. Raises UserError that lists what is not allowed;
     other exceptions mean a damaged file.
     """
     with zipfile.ZipFile(path) as archive:
@@ -146,6 +147,7 @@ class _Reader(pickle.Unpickler):
     def __init__(self, data: bytes, archive: zipfile.ZipFile, folder: str, dtype):
         super().__init__(io.BytesIO(data))
         self.archive, self.folder, self.dtype = archive, folder, dtype
+        self.read: dict[str, Tensor] = {}  # tied weights share one storage
 
     def find_class(self, module, name):
         if (module, name) == REBUILD_TENSOR:
@@ -165,13 +167,20 @@ class _Reader(pickle.Unpickler):
         saved_dtype, key, length = storage
         if length == 0:
             return torch.empty(size, dtype=saved_dtype)
+        if key not in self.read:
+            self.read[key] = self.read_storage(key, saved_dtype)
+        return self.read[key].as_strided(size, stride, offset)
+
+    def read_storage(self, key: str, saved_dtype: torch.dtype) -> Tensor:
+        """All elements of a storage; it is read and converted in pieces, so that it never exists twice."""
         record = self.archive.getinfo(f"{self.folder}data/{key}")
-        buffer = bytearray(record.file_size)
+        dtype = self.dtype if saved_dtype.is_floating_point and self.dtype != "auto" else saved_dtype
+        held = torch.empty(record.file_size // saved_dtype.itemsize, dtype=dtype)
         with self.archive.open(record) as file:
-            if file.readinto(buffer) != len(buffer):
-                raise EOFError(key)
-        tensor = torch.frombuffer(buffer, dtype=saved_dtype).as_strided(size, stride, offset)
-        return tensor if self.dtype == "auto" or not tensor.is_floating_point() else tensor.to(self.dtype)
+            for piece in held.split(PIECE):
+                data = bytearray(file.read(len(piece) * saved_dtype.itemsize))
+                piece.copy_(torch.frombuffer(data, dtype=saved_dtype))
+        return held
 
 
 def _resolve(module: str, name: str) -> object | None:
