@@ -28,10 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str] | None) -> None:
     """Parse, load, calibrate, score, select, prune, save, report."""
-    import torch
-
     from lib import builder, checkpoint, data, evaluate, options, prune, score
-    from lib.mlp import find_layers
+    from lib.mlp import find_layers, only_towers
     from lib.summary import Run
 
     args = options.parse(argv)
@@ -43,15 +41,15 @@ def run(argv: list[str] | None) -> None:
         checkpoint.check_target(args.save_model, args.overwrite)
 
     with record.phase("load"):
-        calibration = data.Calibration(args.dataset, args.data_dir)
-        loaded = builder.load(args.model, args.dtype, args.cuda, args.cache_dir, args.seqlen)
-        model, layers = loaded.model, find_layers(loaded.model)
+        calibration = data.find_calibration(args.dataset, args.data_dir, args.image_dir)
+        loaded = builder.load(args.model, args.dtype, args.cuda, args.cache_dir, args.seqlen, method.sees)
+        model, layers = loaded.model, only_towers(find_layers(loaded.model), args.towers)
         record.dense(evaluate.size(model, layers), loaded)
 
     with record.phase("calibrate"):
-        samples = calibration.samples(model, loaded.tokenizer, args.nsamples, loaded.seqlen, args.seed)
+        samples = calibration.samples(model, loaded.processor, args.nsamples, loaded.seqlen, args.seed)
         data.refuse_unknown_tokens(model, samples)
-        record.calibrated(samples, data.fingerprint(samples))
+        record.calibrated(samples, data.fingerprint(samples), calibration.skipped)
     if args.eval_ppl:
         with record.phase("evaluate"):
             seqlen = min(args.eval_seqlen or loaded.seqlen, builder.context_length(model.config))
@@ -66,7 +64,7 @@ def run(argv: list[str] | None) -> None:
             if args.eval_ppl:
                 record.perplexity[name] = evaluate.perplexity(model, windows, f"perplexity, {name}")
             if args.eval_speed:
-                record.speed[name] = evaluate.speed(model, torch.cat(samples))
+                record.speed[name] = evaluate.speed(model, data.text_of(samples))
 
     measure("dense")
     with record.phase("score"), evaluate.peak_memory(model.device, record.peak_bytes, "scoring"):
@@ -89,12 +87,12 @@ def run(argv: list[str] | None) -> None:
         with checkpoint.complete_or_absent(args.save_model) as folder, record.phase("save"):
             saved = loaded.in_own_dtype(args.dtype)
             if saved is not model:
-                layers = find_layers(saved)
+                layers = only_towers(find_layers(saved), args.towers)
                 prune.remove(saved, layers, selection)
-            checkpoint.save(folder, saved, layers, loaded.tokenizer, formats)
+            checkpoint.save(folder, saved, layers, loaded.processor, formats)
             checkpoint.save_selection(folder, layers, selection)
             if not args.no_verify:
-                checkpoint.verify(folder, saved, {"input_ids": samples[0][None, :VERIFY_TOKENS]}, formats)
+                checkpoint.verify(folder, saved, score.inputs_of(samples[0], VERIFY_TOKENS), formats)
                 record.verified = True
             checkpoint.save_report(folder, record.report())
         record.bytes_on_disk = checkpoint.bytes_on_disk(args.save_model, formats)

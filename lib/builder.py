@@ -16,9 +16,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    ProcessorMixin,
 )
 
-from lib import modeling_pruned
+from lib import llava, modeling_pruned
 from lib.errors import UserError
 from lib.mlp import find_layers, forget_widths
 
@@ -42,21 +43,24 @@ class Source:
         """The model's configuration. Raises UserError when it cannot be read."""
         return self._load(AutoConfig)
 
-    def tokenizer(self):
-        """The model's tokenizer. Raises UserError when it cannot be read."""
-        return self._load(AutoTokenizer)
-
     def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
         """The model on the CPU, in `dtype` or ("auto") in the checkpoint's own. Raises UserError."""
-        extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {}
+        return self.load(dtype)[0]
+
+    def load(self, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, object]:
+        """The model as `model()` gives it, and its tokenizer or processor. Raises UserError."""
         config = self.config()
+        if llava.is_llava(config):
+            return llava.load(self.name, self.arguments.get("cache_dir"), dtype)
+        tokenizer = self._load(AutoTokenizer)
+        extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {}
         dtype = torch.float32 if self.is_gguf and dtype == "auto" else dtype
         if hasattr(config, "pruned_mlp"):
             # Such a folder names code beside it; the same code stands here, and is the one that is trusted.
             model = forget_widths(self._load_whole(modeling_pruned.pruned(causal_class(config)), dtype=dtype))
         else:
             model = self._load_whole(AutoModelForCausalLM, dtype=dtype, **extra)
-        return model.eval().requires_grad_(False)
+        return model.eval().requires_grad_(False), tokenizer
 
     def _load_whole(self, model_class, **extra) -> nn.Module:
         """The model, unless the checkpoint lacks a weight; transformers would make one up."""
@@ -97,9 +101,14 @@ class Loaded:
 
     source: Source
     model: nn.Module
-    tokenizer: object
+    processor: object  # what makes a sample: a tokenizer, or one and an image processor
     own_dtype: torch.dtype
     seqlen: int
+
+    @property
+    def tokenizer(self):
+        """What makes tokens of text."""
+        return self.processor.tokenizer if isinstance(self.processor, ProcessorMixin) else self.processor
 
     def in_own_dtype(self, requested: str) -> nn.Module:
         """The dense model with the checkpoint's own values (in `requested`, unless that is 'auto'), to be saved."""
@@ -135,21 +144,25 @@ def find_source(name: str, cache_dir: str) -> Source:
 
 
 def load(
-    name: str, dtype: str = "auto", cuda: bool = False, cache_dir: str = "llm_weights", seqlen: int | None = None
+    name: str,
+    dtype: str = "auto",
+    cuda: bool = False,
+    cache_dir: str = "llm_weights",
+    seqlen: int | None = None,
+    sees: bool = False,
 ) -> Loaded:
-    """Load a model and its tokenizer for scoring.
+    """Load a model and its tokenizer, or with `sees` a LLaVA and its processor, for scoring.
 
     The family is checked on the configuration alone, before any weight is read. `seqlen` is capped by what
-    the model was made for. Raises UserError for a model that cannot be found, read or pruned, for `cuda`
-    without a GPU, and for weights that are not finite.
+    the model was made for. Raises UserError for a model that cannot be found, read or pruned, for one that
+    sees without `sees` and the other way round, for `cuda` without a GPU, and for weights that are not finite.
     """
     if cuda and not torch.cuda.is_available():
         raise UserError("--cuda: no CUDA GPU is visible; leave the flag out to run on the CPU")
     source = find_source(name, cache_dir)
     config = source.config()
-    refuse_unsupported(name, config)
-    tokenizer = source.tokenizer()
-    model = source.model(DTYPES.get(dtype, "auto"))
+    refuse_unsupported(name, config, sees)
+    model, processor = source.load(DTYPES.get(dtype, "auto"))
     own_dtype = model.dtype
     device = torch.device("cuda" if cuda else "cpu")
     try:
@@ -157,11 +170,21 @@ def load(
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"--cuda: {name} does not fit on the GPU ({error})".splitlines()[0]) from error
     refuse_nan(model)
-    return Loaded(source, model, tokenizer, own_dtype, min(seqlen or 1024, context_length(config)))
+    return Loaded(source, model, processor, own_dtype, min(seqlen or 1024, context_length(model.config)))
 
 
-def refuse_unsupported(name: str, config) -> None:
+def refuse_unsupported(name: str, config, sees: bool) -> None:
     """Raise UserError unless the MLPs of this configuration can be found; reads no weights."""
+    if llava.is_llava(config) != sees:
+        raise UserError(
+            f"--model {name}: has no vision tower (its family is '{config.model_type}'), which "
+            "structured_afr_llava prunes; use structured_afr"
+            if sees
+            else f"--model {name}: is a LLaVA; use --prune_method structured_afr_llava (--towers language prunes its "
+            "language model alone)"
+        )
+    if sees:
+        return  # an original form says too little of itself before it is converted
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"--model {name}: the family '{config.model_type}' is not a causal language model that "

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, ProcessorMixin
 
 from lib import modeling_pruned, safe_pickle
 from lib.errors import UserError
@@ -100,15 +100,20 @@ def _share(folder: Path) -> None:
         file.chmod(0o666 & ~mask)
 
 
-def save(folder: Path, model: nn.Module, layers: Sequence[Layer], tokenizer, formats: Sequence[str]) -> None:
-    """Write the model in each of `formats` ("hf", "bin"). Raises OSError when the disk does not take it."""
+def save(folder: Path, model: nn.Module, layers: Sequence[Layer], processor, formats: Sequence[str]) -> None:
+    """Write the model, with its tokenizer or processor, in each of `formats` ("hf", "bin").
+
+    Raises OSError when the disk does not take it.
+    """
     try:
         if "hf" in formats:
             save_folder(folder, model, layers)
-            tokenizer.save_pretrained(folder)
+            processor.save_pretrained(folder)
         if "bin" in formats:
             drop_recorders(model)
-            torch.save({"model": model, "tokenizer": tokenizer}, folder / MODEL_BIN)
+            sees = isinstance(processor, ProcessorMixin)
+            beside = {"tokenizer": processor.tokenizer, "processor": processor} if sees else {"tokenizer": processor}
+            torch.save({"model": model} | beside, folder / MODEL_BIN)
     except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk
         raise OSError(str(error).splitlines()[0]) from error
 
@@ -275,7 +280,9 @@ def bytes_on_disk(folder: str, formats: Sequence[str]) -> dict[str, int]:
 
 
 def load_bin(path: str | Path, dtype: torch.dtype | str = "auto", trust: bool = False) -> tuple[nn.Module, object]:
-    """The model (on the CPU, ready for inference) and the tokenizer of a `model.bin`, or of the folder that holds one.
+    """The model (on the CPU, ready for inference) and the tokenizer, or processor, of a `model.bin`.
+
+    `path` may be the folder that holds one.
 
     The pickle is never executed as it stands (see `lib.safe_pickle`): configuration and weights are taken from
     it and the model is built anew, each weight in `dtype` ("auto": as saved). So nothing hostile runs, and nothing
@@ -289,9 +296,9 @@ def load_bin(path: str | Path, dtype: torch.dtype | str = "auto", trust: bool = 
         raise UserError(f"{path}: no such file; give a {MODEL_BIN} or the folder that holds one")
     try:
         held = torch.load(path, map_location="cpu", weights_only=False) if trust else safe_pickle.read(path, dtype)
-        model, tokenizer = held["model"], held["tokenizer"]
+        model, processor = held["model"], held.get("processor", held["tokenizer"])
         model_class = type(model) if trust else model.model_class()
-        return rebuild(model_class, model.config, model.state_dict(), model.generation_config, dtype), tokenizer
+        return rebuild(model_class, model.config, model.state_dict(), model.generation_config, dtype), processor
     except (UserError, MemoryError):
         raise
     except Exception as error:

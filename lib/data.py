@@ -18,7 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from lib import llava_data
 from lib.errors import UserError
+from lib.score import IGNORE, Sample
 
 SELF_GENERATED = "self_generated"
 FILE_TYPES = (".txt", ".jsonl", ".parquet")
@@ -155,8 +157,31 @@ def read_file(path: str) -> str:
         ) from error
 
 
+def find_calibration(name: str, data_dir: str, image_dir: str | None) -> "Calibration | CaptionedImages":
+    """The data set of a value of `--dataset`. Raises UserError for one that is unknown or cannot be opened."""
+    if name == llava_data.NAME or name.endswith(".json"):
+        return CaptionedImages(name, data_dir, image_dir)
+    return Calibration(name, data_dir)
+
+
+class CaptionedImages:
+    """Images with captions that have been found; its samples are for models that see."""
+
+    def __init__(self, name: str, data_dir: str, image_dir: str | None):
+        """Raises UserError for a JSON file or a folder of images that is missing."""
+        self.name, self.data_dir, self.skipped = name, data_dir, 0
+        self.json_path, self.images = llava_data.locate(name, image_dir, data_dir)
+
+    def samples(self, model, processor, n: int, seqlen: int, seed: int) -> list[dict[str, Tensor]]:
+        """`n` samples as `llava_data.load_samples` makes them; how many rows were passed over is in `skipped`."""
+        found, self.skipped = llava_data.load_samples(self.json_path, self.images, processor, n, seed, seqlen)
+        return found
+
+
 class Calibration:
     """A data set that has been found, so that a wrong name fails before a model is loaded."""
+
+    skipped = 0  # every row of a text set can be used
 
     def __init__(self, name: str, data_dir: str):
         """Raises UserError for an unknown name, and for a set or file that cannot be opened."""
@@ -211,14 +236,25 @@ def tokenize(tokenizer, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def refuse_unknown_tokens(model, samples: Sequence[Tensor]) -> None:
+def token_ids(sample: Sample) -> Tensor:
+    """The tokens of a sample, `[tokens]`."""
+    return sample["input_ids"] if isinstance(sample, dict) else sample
+
+
+def refuse_unknown_tokens(model, samples: Sequence[Sample]) -> None:
     """Raise UserError when the tokenizer made ids that the model's embedding has no row for."""
-    highest, rows = max(int(sample.max()) for sample in samples), len(model.get_input_embeddings().weight)
+    highest = max(int(token_ids(sample).max()) for sample in samples)
+    rows = len(model.get_input_embeddings().weight)
     if highest >= rows:
         raise UserError(
             f"--model: its tokenizer makes token {highest}, but its embedding has only {rows} rows; they do not "
             "belong together"
         )
+
+
+def text_of(samples: Sequence[Sample]) -> Tensor:
+    """The tokens of all samples one after another, without prompts and images, `[tokens]`."""
+    return torch.cat([s["input_ids"][s["labels"] != IGNORE] if isinstance(s, dict) else s for s in samples])
 
 
 @torch.no_grad()
@@ -272,9 +308,10 @@ def held_out_windows(
     return windows, "wikitext2 test"
 
 
-def fingerprint(samples: Sequence[Tensor]) -> str:
-    """SHA-256 of the token ids and lengths: equal exactly when the samples are."""
+def fingerprint(samples: Sequence[Sample]) -> str:
+    """SHA-256 of what the samples hold and its lengths: equal exactly when the samples are."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(len(sample).to_bytes(8, "little") + sample.numpy().tobytes())
+        for value in sample.values() if isinstance(sample, dict) else [sample]:
+            digest.update(len(value).to_bytes(8, "little") + value.numpy().tobytes())
     return digest.hexdigest()

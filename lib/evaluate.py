@@ -34,9 +34,12 @@ def perplexity(model: nn.Module, windows: Tensor, desc: str = "perplexity") -> f
 
 @dataclass(frozen=True)
 class Size:
-    """Widths per MLP; elements of the MLP weight matrices and of the model (tied weights once); MACs per token."""
+    """Widths per MLP, and the tower of each; elements of the MLP weight matrices and of the model (tied weights
+    once); multiply-accumulates per token of text.
+    """
 
     widths: tuple[int, ...]
+    towers: tuple[str, ...]
     mlp: int
     total: int
     macs: int
@@ -47,6 +50,7 @@ def size(model: nn.Module, layers: Sequence[Layer]) -> Size:
     blocks = [layer.block for layer in layers if layer.block]
     return Size(
         tuple(b.width for b in blocks),
+        tuple(layer.tower for layer in layers if layer.block),
         sum(b.n_weights for b in blocks),
         sum(p.numel() for p in model.parameters()),
         macs_per_token(model),
@@ -96,8 +100,9 @@ def _median_seconds(run, device: torch.device, repeats: int = 5) -> float:
 
 
 def macs_per_token(model: nn.Module) -> int:
-    """Multiply-accumulates of one token with the weights: every linear layer and the head, without attention's own."""
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)))
+    """Multiply-accumulates of a token with the weights of the language model and its head, without attention's own."""
+    modules = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    return sum(m.weight.numel() for m in modules if isinstance(m, (nn.Linear, Conv1D)))
 
 
 @contextmanager

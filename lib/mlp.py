@@ -6,7 +6,7 @@ projection is a matrix in neuron-major orientation `[d_ff, d]`: row j is what ne
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -163,6 +163,11 @@ def tower_config(config, tower: str):
 def of_tower(layers: Sequence["Layer"], tower: str) -> list["Layer"]:
     """The layers of one tower."""
     return [layer for layer in layers if layer.tower == tower]
+
+
+def only_towers(layers: Sequence["Layer"], tower: str) -> list["Layer"]:
+    """The same layers, the MLPs of other towers than `tower` left alone; "both" leaves none alone."""
+    return [layer if tower in (layer.tower, "both") else replace(layer, block=None) for layer in layers]
 
 
 def towers_of(layers: Sequence["Layer"]) -> list[str]:

@@ -3,14 +3,18 @@
 import argparse
 import math
 
+from lib import llava_data
 from lib.builder import DTYPES
 from lib.data import FILE_TYPES, SELF_GENERATED, SETS
 from lib.errors import UserError
+from lib.mlp import LANGUAGE, VISION
 from lib.prune import METHODS, NEURON_SCORES
 
+DEFAULT_SET = "wikitext2"
 EPILOG = """examples:
   python main.py --model meta-llama/Meta-Llama-3-8B --pruning_ratio 0.2 --cuda --save_model ./pruned_model/llama
   python main.py --model ./my-model --prune_method afr --pruning_ratio 0.5 --global_pruning --eval_ppl
+  python main.py --model liuhaotian/llava-v1.5-13b --prune_method structured_afr_llava --pruning_ratio 0.2 --cuda
 """
 
 
@@ -30,6 +34,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line. Raises UserError for a value out of range."""
     args = build_parser().parse_args(argv)
+    if args.dataset is None:
+        args.dataset = llava_data.NAME if METHODS[args.prune_method].sees else DEFAULT_SET
     _check(args)
     return args
 
@@ -100,6 +106,12 @@ def _add_method(group):
         "the method's own; abs_sum often does better at low ratios",
     )
     group.add_argument(
+        "--towers",
+        choices=["both", VISION, LANGUAGE],
+        default="both",
+        help="structured_afr_llava: which of its towers lose neurons; each is standardised and thresholded by itself",
+    )
+    group.add_argument(
         "--align",
         type=int,
         default=1,
@@ -111,10 +123,16 @@ def _add_method(group):
 def _add_calibration(group):
     group.add_argument(
         "--dataset",
-        default="wikitext2",
         metavar="NAME",
         help=f"what the model is scored on: {', '.join(SETS)}, {SELF_GENERATED} (sampled from the "
-        f"model, needs no network), or a {'/'.join(FILE_TYPES)} file of yours",
+        f"model, needs no network), or a {'/'.join(FILE_TYPES)} file of yours. For structured_afr_llava: "
+        f"{llava_data.NAME} (DATA_DIR/{llava_data.NAME}), or a .json file in the form of LLaVA-Pretrain "
+        f"[default: {DEFAULT_SET}; for structured_afr_llava: {llava_data.NAME}]",
+    )
+    group.add_argument(
+        "--image_dir",
+        metavar="DIR",
+        help="structured_afr_llava: where the images are [default: images, beside the .json file]",
     )
     group.add_argument(
         "--nsamples",
@@ -190,5 +208,23 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UserError(f"--{name} {value}: must be at least {minimum}")
+    _check_sight(args)
     if not METHODS[args.prune_method].structured and args.align != 1:
         raise UserError(f"--align {args.align}: {args.prune_method} removes single weights and no widths; leave it out")
+
+
+def _check_sight(args: argparse.Namespace) -> None:
+    """Captioned images are for the method that prunes models that see, and for no other."""
+    images = args.dataset == llava_data.NAME or args.dataset.endswith(".json")
+    if METHODS[args.prune_method].sees:
+        if not images:
+            raise UserError(
+                f"--dataset {args.dataset}: {args.prune_method} needs images with captions: {llava_data.NAME}, or a "
+                ".json file in the form of LLaVA-Pretrain with --image_dir"
+            )
+        return
+    for flag, given in (("dataset", images), ("image_dir", args.image_dir), ("towers", args.towers != "both")):
+        if given:
+            raise UserError(
+                f"--{flag} {getattr(args, flag)}: is for structured_afr_llava; {args.prune_method} takes text"
+            )

@@ -168,6 +168,7 @@ class Selection:
 
     structured: bool
     kept: tuple[Tensor, ...]
+    unused: tuple[str, ...] = ()  # names of MLPs that influence nothing, whose scores are 0
 
     def n_kept(self) -> int:
         """Neurons or weights that stay, over all MLPs."""
@@ -322,16 +323,19 @@ def choose(
     """
     if ratio == 0 and method.structured:  # nothing to choose, so nothing to score
         return Selection(True, tuple(torch.arange(block.width) for block in blocks_of(layers)))
-    kept = []
+    kept, unused = [], ()
     with tempfile.TemporaryDirectory(prefix="afr-st-") as spill:
         sums = sum_saliencies(model, layers, batches, method, neuron_score, spill)
+        if method.structured:
+            silent = (not any(v[i].any() for v in sums.values()) for i in range(len(blocks_of(layers))))
+            unused = tuple(b.name for b, nothing in zip(blocks_of(layers), silent, strict=True) if nothing)
         for tower in pruned_towers(layers):
             scores = method.scores(sums_of_tower(sums, layers, tower), neuron_score)
             if method.structured:
                 kept.extend(select_neurons(list(scores), ratio, across_layers, align).kept)
             else:
                 kept.extend(select_weights(scores, ratio, across_layers).kept)
-    return Selection(method.structured, tuple(kept))
+    return Selection(method.structured, tuple(kept), unused)
 
 
 def sums_of_tower(sums: dict[str, ModelVector], layers: Sequence[Layer], tower: str) -> dict[str, ModelVector]:

@@ -25,6 +25,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import SizeDict
 
 from lib.errors import UserError
 
@@ -38,6 +39,7 @@ DATA_CLASSES = (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     ImageProcessingMixin,
+    SizeDict,
     Enum,
     torch.dtype,
 )
@@ -216,6 +218,7 @@ def _holds_data(name: str) -> bool:
             "Type",
             "Mode",
             "Processor",
+            "SizeDict",
         )
     )
 

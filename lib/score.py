@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,18 +54,30 @@ class Batch:
         return Batch({name: value.to(device) for name, value in self.inputs.items()}, self.labels.to(device))
 
 
-def collate(samples: Sequence[Tensor], batch_size: int) -> list[Batch]:
-    """Group token sequences `[tokens]` into right-padded batches; a mask is made only where it is needed."""
-    batches = []
-    for start in range(0, len(samples), batch_size):
-        group = samples[start : start + batch_size]
-        ids = nn.utils.rnn.pad_sequence(group, batch_first=True, padding_value=0)
-        labels = nn.utils.rnn.pad_sequence(group, batch_first=True, padding_value=IGNORE)
-        inputs = {"input_ids": ids}
-        if (labels == IGNORE).any():
-            inputs["attention_mask"] = (labels != IGNORE).long()
-        batches.append(Batch(inputs, labels))
-    return batches
+Sample = Tensor | dict[str, Tensor]
+"""Token ids `[tokens]`; or `input_ids` and `labels` `[tokens]` with what else the model takes, of one shape in all."""
+
+
+def collate(samples: Sequence[Sample], batch_size: int) -> list[Batch]:
+    """Group samples into right-padded batches; a mask is made only where it is needed."""
+    samples = [sample if isinstance(sample, dict) else {"input_ids": sample, "labels": sample} for sample in samples]
+    return [_batch(samples[start : start + batch_size]) for start in range(0, len(samples), batch_size)]
+
+
+def inputs_of(sample: Sample, tokens: int) -> dict[str, Tensor]:
+    """What the model takes for one sample; only its first `tokens`, where it is text alone."""
+    return collate([sample if isinstance(sample, dict) else sample[:tokens]], 1)[0].inputs
+
+
+def _batch(group: Sequence[dict[str, Tensor]]) -> Batch:
+    columns = {name: [sample[name] for sample in group] for name in group[0]}
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    ids, labels = pad(columns.pop("input_ids")), pad(columns.pop("labels"), padding_value=IGNORE)
+    inputs = {"input_ids": ids} | {name: torch.stack(values) for name, values in columns.items()}
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in group])
+    if (lengths < ids.shape[1]).any():
+        inputs["attention_mask"] = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return Batch(inputs, labels)
 
 
 def saliency_sums(

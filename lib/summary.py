@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from torch import Tensor
-
 from lib.builder import Loaded
+from lib.data import token_ids
 from lib.evaluate import Size, Speed
-from lib.prune import Selection
+from lib.mlp import LANGUAGE
+from lib.prune import METHODS, Selection
+from lib.score import Sample
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 GIB = 2**30
@@ -27,6 +28,7 @@ class Run:
     before: Size | None = None
     after: Size | None = None
     kept_mlp: int = 0  # MLP weights that are neither gone nor zero
+    unused: list[str] = field(default_factory=list)  # MLPs that do not influence the model's output
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
@@ -43,20 +45,22 @@ class Run:
         self.dtypes = {"checkpoint": _name(loaded.own_dtype), "scoring": _name(loaded.model.dtype)}
         self.data["seqlen"] = loaded.seqlen
 
-    def calibrated(self, samples: Sequence[Tensor], fingerprint: str) -> None:
-        """Note what the model is scored on."""
+    def calibrated(self, samples: Sequence[Sample], fingerprint: str, skipped: int) -> None:
+        """Note what the model is scored on, and how many rows could not be used."""
         self.data |= {
             "set": self.args["dataset"],
             "samples": len(samples),
-            "tokens": sum(map(len, samples)),
+            "tokens": sum(len(token_ids(sample)) for sample in samples),
             "sha256": fingerprint,
         }
+        if skipped:
+            self.data["skipped"] = skipped
 
     def pruned(self, size: Size, selection: Selection) -> None:
         """Note the model as it is now."""
         self.after = size
-        weights_per_neuron = self.before.mlp // sum(self.before.widths)
-        self.kept_mlp = selection.n_kept() * (weights_per_neuron if selection.structured else 1)
+        self.kept_mlp = size.mlp if selection.structured else selection.n_kept()
+        self.unused = list(selection.unused)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -74,6 +78,8 @@ class Run:
             "data": self.data,
             "dtypes": self.dtypes,
             "widths": {"dense": self.before.widths, "kept": self.after.widths},
+            "towers": self.before.towers,
+            "unused": self.unused,
             "parameters": {"dense": self.before.total, "kept": self.after.total},
             "macs_per_token": {"dense": self.before.macs, "kept": self.after.macs},
             "sparsity": {"mlp": self.mlp_sparsity, "model": self.model_sparsity},
@@ -98,7 +104,7 @@ class Run:
         """The summary a person reads in ten seconds."""
         before, after = self.before, self.after
         rows = [
-            ("MLP width", f"{_range(before.widths)} -> {_range(after.widths)}  ({len(before.widths)} layers)"),
+            *self._widths(),
             (
                 "parameters",
                 f"{_count(before.total)} -> {_count(after.total)}, "
@@ -127,6 +133,21 @@ class Run:
         title = f"{self.args['prune_method']}  {self.args['model']}  ratio {self.args['pruning_ratio']}"
         return "\n".join(["", title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
+    def _widths(self) -> Iterator[tuple[str, str]]:
+        """One row per tower."""
+        towers = list(dict.fromkeys(self.before.towers))
+        for tower in towers:
+            dense, kept = (
+                [width for width, of in zip(size.widths, size.towers, strict=True) if of == tower]
+                for size in (self.before, self.after)
+            )
+            name = f"{tower} MLP" if len(towers) > 1 or tower != LANGUAGE else "MLP width"
+            yield name, f"{_range(dense)} -> {_range(kept)}  ({len(dense)} layers)"
+        if self.unused:
+            yield "scored 0", f"{', '.join(self.unused)}: the model makes no use of what comes out of there"
+        if "skipped" in self.data:
+            yield "skipped", f"{self.data['skipped']} rows, whose image is missing or damaged or whose caption is empty"
+
     def _where(self, formats) -> list[tuple[str, str]]:
         folder = self.args["save_model"]
         if not folder:
@@ -134,7 +155,11 @@ class Run:
         forms = {"hf": "Hugging Face folder", "bin": "model.bin"}
         sizes = [f"{forms[form]} {size / GIB:.2f} GiB" for form, size in self.bytes_on_disk.items()]
         checked = "loaded back, same logits" if self.verified else "not verified"
-        return [("saved", f"{folder}  ({', '.join(sizes)}; {checked})"), ("evaluate", f"PRUNED={folder} bash test.sh")]
+        script = "lmms-eval.sh" if METHODS[self.args["prune_method"]].sees else "test.sh"
+        return [
+            ("saved", f"{folder}  ({', '.join(sizes)}; {checked})"),
+            ("evaluate", f"PRUNED={shlex.quote(str(folder))} bash {script}"),
+        ]
 
 
 def _range(widths) -> str:

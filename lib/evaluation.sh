@@ -1,0 +1,48 @@
+# Sourced by test.sh and lmms-eval.sh: a model in a harness, and the dense one beside it.
+#
+#   evaluate_all HARNESS [arguments]   PRUNED, with BASE also the dense model and a table of both; HARNESS is the module
+#                                      that is run (lib.lm_harness, lib.lmms), the arguments are passed on to it
+#
+# Settings come from the variables that the scripts describe. WORK is the folder that the harness runs in: it takes a
+# data set of the Hub from the folder of that relative name before it asks the Hub.
+
+need_model() {
+    if [ -z "${PRUNED:-}" ]; then
+        echo "error: name the model to evaluate: PRUNED=./pruned_model/NAME bash $(basename "$0")" >&2
+        exit 2
+    fi
+}
+
+# evaluate HARNESS MODEL FOLDER FORM [arguments]: the figures of one model into FOLDER
+evaluate() {
+    local harness="$1" model="$2" folder="$3" form="$4" found line loading=() launch=("$VENV/bin/python")
+    shift 4
+    found="$("$VENV/bin/python" -m lib.tasks arguments "$model" --harness "$harness" ${form:+--form "$form"} \
+        --dtype "${DTYPE:-auto}" $([ "${TRUST:-0}" = 1 ] && echo --trust))"
+    while IFS= read -r line; do loading+=("$line"); done <<<"$found"
+    [ "${PROCESSES:-1}" = 1 ] || launch=("$VENV/bin/accelerate" launch --num_processes "$PROCESSES")
+    (cd "$WORK" && "${launch[@]}" -m "$harness" "${loading[@]}" --tasks "$TASKS" --batch_size "$BATCH_SIZE" \
+        ${LIMIT:+--limit "$LIMIT"} --output_path "$folder" "$@")
+}
+
+evaluate_all() {
+    local harness="$1" key dense
+    shift
+    mkdir -p "$OUT"
+    OUT="$(cd "$OUT" && pwd)"
+    if [ -n "${BASE:-}" ]; then
+        # Its figures do not change, so they are kept beside the others' for every model with the same settings.
+        key="$(printf '%s\n' "$BASE" "$TASKS" "${LIMIT:-}" "${DTYPE:-}" "${OFFLINE:-}" "$DATA_DIR" "$@" | cksum | cut -d' ' -f1)"
+        dense="$(dirname "$OUT")/dense-$(basename "$BASE")-$key"
+        if [ -d "$dense" ] && find "$dense" -name '*results*.json' | grep -q .; then
+            echo "dense model: figures of $dense (delete it to measure again)"
+        else
+            evaluate "$harness" "$BASE" "$dense" "" "$@"
+        fi
+    fi
+    evaluate "$harness" "$PRUNED" "$OUT" "${FORM:-}" "$@"
+    if [ -n "${BASE:-}" ]; then
+        printf '\n%s\n' "$BASE beside $PRUNED"
+        "$VENV/bin/python" -m lib.tasks table "$dense" "$OUT"
+    fi
+}
