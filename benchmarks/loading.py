@@ -61,13 +61,13 @@ def load(way: str, dtype: str, file: str) -> str:
     """Load in this process; one row of the table."""
     import torch
 
-    from lib import evaluate
+    from lib import memory
     from lib.lm_harness import CustomCheckpoint
 
     cpu, peaks = torch.device("cpu"), {}
-    with evaluate.peak_memory(cpu, peaks, "before"):
+    with memory.peak_memory(cpu, peaks, "before"):
         pass
-    with evaluate.peak_memory(cpu, peaks, "loading"):
+    with memory.peak_memory(cpu, peaks, "loading"):
         if way == "custom_checkpoint":
             model = CustomCheckpoint(checkpoint=file, dtype=dtype, device="cpu").model
         else:

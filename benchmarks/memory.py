@@ -36,9 +36,10 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lib import evaluate, prune
+    from lib import memory, prune
     from lib.mlp import find_layers
-    from lib.score import collate
+    from lib.sums import InMemory
+    from lib.tape import collate
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,10 +54,10 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     layers = find_layers(model)
     batches = collate([torch.randint(0, 1024, (args.seqlen,)) for _ in range(args.nsamples)], 1)
     peaks = {}
-    with evaluate.peak_memory(model.device, peaks, "before"):
+    with memory.peak_memory(model.device, peaks, "before"):
         model(batches[0].to(model.device).inputs["input_ids"])
-    with evaluate.peak_memory(model.device, peaks, "scoring"):
-        prune.choose(model, layers, batches, prune.METHODS["structured_afr"], 0.5)
+    with memory.peak_memory(model.device, peaks, "scoring"):
+        prune.score(model, layers, batches, prune.METHODS["structured_afr"], "trimmed_mean", InMemory())
     size = torch.finfo(model.dtype).bits // 8
     layer = sum(p.numel() for p in layers[0].module.parameters()) * size
     hidden = (len(layers) + 2) * args.nsamples * args.seqlen * args.hidden_size * size

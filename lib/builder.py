@@ -1,9 +1,10 @@
 """What a model is on disk or on the Hub -> model and tokenizer, ready to be scored."""
 
 import copy
+import hashlib
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -19,9 +20,12 @@ from transformers import (
     ProcessorMixin,
 )
 
-from lib import llava, modeling_pruned
+from lib import llava, modeling_pruned, parallel
 from lib.errors import UserError
-from lib.mlp import find_layers, forget_widths
+from lib.memory import GIB
+from lib.mlp import Layer, find_layers, forget_widths, only_towers
+from lib.offload import Placement, Resources, cast
+from lib.tape import HiddenStates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
@@ -104,6 +108,9 @@ class Loaded:
     processor: object  # what makes a sample: a tokenizer, or one and an image processor
     own_dtype: torch.dtype
     seqlen: int
+    layers: list[Layer]
+    resources: Resources
+    placement: Placement
 
     @property
     def tokenizer(self):
@@ -112,9 +119,23 @@ class Loaded:
 
     def in_own_dtype(self, requested: str) -> nn.Module:
         """The dense model with the checkpoint's own values (in `requested`, unless that is 'auto'), to be saved."""
-        if requested != "auto" or self.own_dtype == self.model.dtype:
+        if requested != "auto":
+            return cast(self.model, DTYPES[requested])
+        if all(p.dtype == self.own_dtype for p in self.model.parameters() if p.is_floating_point()):
             return self.model
         return self.source.model()
+
+    def again(self) -> "Loaded":
+        """The same, dense again after it was pruned."""
+        model = self.source.model()
+        layers = [replace(found, block=None) if not held.block else found
+                  for found, held in zip(find_layers(model), self.layers, strict=True)]  # fmt: skip
+        return replace(self, model=model, layers=layers, placement=self.resources.place(model, layers))
+
+    def hidden_states(self) -> HiddenStates:
+        """An empty store, with as much memory as is left for it."""
+        device = self.resources.device
+        return HiddenStates(self.resources.hidden_bytes(self.model, self.placement), device.type == "cuda")
 
 
 def quiet_libraries() -> None:
@@ -150,11 +171,15 @@ def load(
     cache_dir: str = "llm_weights",
     seqlen: int | None = None,
     sees: bool = False,
+    towers: str = "both",
+    offload: str = "auto",
+    max_memory: float | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer, or with `sees` a LLaVA and its processor, for scoring.
 
     The family is checked on the configuration alone, before any weight is read. `seqlen` is capped by what
-    the model was made for. Raises UserError for a model that cannot be found, read or pruned, for one that
+    the model was made for; `towers` names those whose MLPs are pruned; for `offload` and `max_memory` (GiB) see
+    `lib.offload.Resources`. Raises UserError for a model that cannot be found, read or pruned, for one that
     sees without `sees` and the other way round, for `cuda` without a GPU, and for weights that are not finite.
     """
     if cuda and not torch.cuda.is_available():
@@ -164,13 +189,14 @@ def load(
     refuse_unsupported(name, config, sees)
     model, processor = source.load(DTYPES.get(dtype, "auto"))
     own_dtype = model.dtype
-    device = torch.device("cuda" if cuda else "cpu")
-    try:
-        model = model.to(device, DTYPES.get(dtype) or scoring_dtype(device))
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(f"--cuda: {name} does not fit on the GPU ({error})".splitlines()[0]) from error
+    device = parallel.device(cuda)
+    limit = None if max_memory is None else int(max_memory * GIB)
+    resources = Resources(device, DTYPES.get(dtype) or scoring_dtype(device), offload, limit, parallel.world() > 1)
+    layers = only_towers(find_layers(model), towers)
+    placement = resources.place(model, layers)
     refuse_nan(model)
-    return Loaded(source, model, processor, own_dtype, min(seqlen or 1024, context_length(model.config)))
+    seqlen = min(seqlen or 1024, context_length(model.config))
+    return Loaded(source, model, processor, own_dtype, seqlen, layers, resources, placement)
 
 
 def refuse_unsupported(name: str, config, sees: bool) -> None:
@@ -225,3 +251,13 @@ def refuse_nan(model: nn.Module) -> None:
                 "try --dtype float32 (float16 overflows where bfloat16 does not), or fetch the "
                 "checkpoint again"
             )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the model's weights, of 256 values from all over each: other values, another fingerprint."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        values = weight.detach().flatten()
+        values = values[:: max(len(values) // 256, 1)].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()

@@ -35,6 +35,13 @@ def choose_formats(requested: str, across_layers: bool) -> list[str]:
     return ["hf", "bin"] if requested == "both" else [requested]
 
 
+def targets(save_model: str | None, ratios: Sequence[float]) -> dict[float, str | None]:
+    """The folder for each ratio: `save_model` itself for one, one below it for each of several."""
+    if save_model is None or len(ratios) == 1:
+        return dict.fromkeys(ratios, save_model)
+    return {ratio: str(Path(save_model) / str(ratio)) for ratio in ratios}
+
+
 def check_target(target: str, overwrite: bool) -> None:
     """Raise UserError unless a result can be written to the folder `target` later on. Leaves nothing behind."""
     path = Path(target)

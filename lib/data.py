@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 
 from lib import llava_data
 from lib.errors import UserError
-from lib.score import IGNORE, Sample
+from lib.tape import IGNORE, Sample
 
 SELF_GENERATED = "self_generated"
 FILE_TYPES = (".txt", ".jsonl", ".parquet")

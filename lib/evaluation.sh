@@ -1,16 +1,21 @@
 # Sourced by test.sh and lmms-eval.sh: a model in a harness, and the dense one beside it.
 #
+#   evaluation_settings              their defaults; an error without PRUNED
 #   evaluate_all HARNESS [arguments]   PRUNED, with BASE also the dense model and a table of both; HARNESS is the module
 #                                      that is run (lib.lm_harness, lib.lmms), the arguments are passed on to it
 #
 # Settings come from the variables that the scripts describe. WORK is the folder that the harness runs in: it takes a
 # data set of the Hub from the folder of that relative name before it asks the Hub.
 
-need_model() {
+evaluation_settings() {
     if [ -z "${PRUNED:-}" ]; then
         echo "error: name the model to evaluate: PRUNED=./pruned_model/NAME bash $(basename "$0")" >&2
         exit 2
     fi
+    OUT="${OUT:-./logs/$(basename "$PRUNED")}"
+    DATA_DIR="${DATA_DIR:-data_local}"
+    WORK="$PWD"
+    export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 }
 
 # evaluate HARNESS MODEL FOLDER FORM [arguments]: the figures of one model into FOLDER
@@ -26,13 +31,14 @@ evaluate() {
 }
 
 evaluate_all() {
-    local harness="$1" key dense
+    local harness="$1" settings key dense
     shift
     mkdir -p "$OUT"
     OUT="$(cd "$OUT" && pwd)"
     if [ -n "${BASE:-}" ]; then
         # Its figures do not change, so they are kept beside the others' for every model with the same settings.
-        key="$(printf '%s\n' "$BASE" "$TASKS" "${LIMIT:-}" "${DTYPE:-}" "${OFFLINE:-}" "$DATA_DIR" "$@" | cksum | cut -d' ' -f1)"
+        settings=("$BASE" "$TASKS" "${LIMIT:-}" "${DTYPE:-}" "${OFFLINE:-}" "$DATA_DIR" "$@")
+        key="$(printf '%s\n' "${settings[@]}" | cksum | cut -d' ' -f1)"
         dense="$(dirname "$OUT")/dense-$(basename "$BASE")-$key"
         if [ -d "$dense" ] && find "$dense" -name '*results*.json' | grep -q .; then
             echo "dense model: figures of $dense (delete it to measure again)"

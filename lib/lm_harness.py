@@ -18,11 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
 
-import accelerate
-import torch
-from accelerate.utils import get_balanced_memory, get_max_memory
-
 from lib.errors import UserError
+from lib.devices import checked_dtype, placement, spread_over_gpus
 
 try:
     # This import also fills lm-eval's registry with the built-in models; to register ours first would hide them.
@@ -34,8 +31,6 @@ except ImportError as error:
     sys.exit(2)
 from lm_eval.api.registry import register_model
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 CPU_BATCH = 4
 TRUST_FLAG = "--trust_checkpoint"
 # Arguments of `--model hf` that mean the same here. The others would have no effect, so they are refused.
@@ -66,9 +61,9 @@ class CustomCheckpoint(HFLM):
             raise UserError(
                 f"--model_args {unknown[0]}={options[unknown[0]]}: custom_checkpoint takes no such argument"
             )
-        self._requested = str(checkpoint), _checked_dtype(dtype), trust_checkpoint is True
+        self._requested = str(checkpoint), checked_dtype(dtype), trust_checkpoint is True
         self._base = str(pretrained) if pretrained else None
-        self._spread, device = _placement(device_map or ("auto" if parallelize else None), device)
+        self._spread, device = placement(device_map or ("auto" if parallelize else None), device)
         super().__init__(str(checkpoint), dtype=dtype, device=device, parallelize=bool(self._spread), **options)
         if hasattr(self, "accelerator"):  # lm-eval itself shares the work only among GPUs
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -94,7 +89,7 @@ class CustomCheckpoint(HFLM):
 
     def _create_model(self, *unused, **also_unused):
         if self._spread:
-            self._model = accelerate.dispatch_model(self._model, _device_map(self._model, self._spread))
+            self._model = spread_over_gpus(self._model, self._spread)
         else:
             self._model.to(self.accelerator.device if hasattr(self, "accelerator") else self.device)
 
@@ -107,37 +102,6 @@ class CustomCheckpoint(HFLM):
     def get_model_info(self):
         """What the results file says of the model; lm-eval's own asks the Hub about `pretrained`."""
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": self.model.dtype}
-
-
-def _checked_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise UserError(f"--model_args dtype={name}: expected {', '.join(DTYPES)}")
-    return name if name == "auto" else getattr(torch, name)
-
-
-def _placement(device_map: str | None, device: str) -> tuple[str | None, str]:
-    """How to spread the model over GPUs (None: not at all), and the device of its inputs."""
-    if device_map in DEVICE_MAPS:
-        one_process = int(os.environ.get("WORLD_SIZE", 1)) == 1
-        spread = device.startswith("cuda") and torch.cuda.is_available() and one_process
-        return (device_map if spread else None), device
-    try:
-        return None, str(torch.device(device_map or device))
-    except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"--model_args device_map={device_map}: expected {', '.join(DEVICE_MAPS)} or a device"
-        ) from error
-
-
-def _device_map(model: torch.nn.Module, kind: str) -> dict[str, int | str]:
-    """Which part of the model goes to which GPU, or to the CPU where they are full."""
-    whole = list(model._no_split_modules or [])
-    if kind == "sequential":
-        memory = get_max_memory()
-    else:
-        memory = get_balanced_memory(model, no_split_module_classes=whole, low_zero=kind == "balanced_low_0")
-    return accelerate.infer_auto_device_map(model, memory, no_split_module_classes=whole)
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from lib.builder import DTYPES
 from lib.data import FILE_TYPES, SELF_GENERATED, SETS
 from lib.errors import UserError
 from lib.mlp import LANGUAGE, VISION
+from lib.offload import WHERE
 from lib.prune import METHODS, NEURON_SCORES
 
 DEFAULT_SET = "wikitext2"
@@ -73,6 +74,21 @@ def _add_model(group):
         "matrix units, else float32, and saves in the checkpoint's own dtype; naming one also "
         "saves in it. Scores are always float32",
     )
+    group.add_argument(
+        "--offload",
+        choices=list(WHERE),
+        default="auto",
+        help="where the weights of layers are while they do not work. cpu, disk: in memory, or in files, and only the "
+        "layer at work, and the next, are on the GPU; auto: on the GPU (or GPUs) if they fit, else as far away as "
+        "they must be",
+    )
+    group.add_argument(
+        "--max_memory",
+        type=float,
+        metavar="GIB",
+        help="memory that weights may take on a GPU, or weights and hidden states on a CPU; beyond it they are "
+        "offloaded [default: what is free]",
+    )
     group.add_argument("--cache_dir", default="llm_weights", metavar="DIR", help="where models from the Hub are kept")
 
 
@@ -87,10 +103,11 @@ def _add_method(group):
     )
     group.add_argument(
         "--pruning_ratio",
-        type=float,
+        type=_ratios,
         default=0.0,
         metavar="R",
-        help="share of the MLP neurons (structured methods) or MLP weights (the others) to remove, 0.2 = 20%%",
+        help="share of the MLP neurons (structured methods) or MLP weights (the others) to remove, 0.2 = 20%%. "
+        "Several, as in 0.1,0.2,0.5, are scored once and saved to SAVE_MODEL/0.1 and so on",
     )
     group.add_argument(
         "--global_pruning",
@@ -155,6 +172,12 @@ def _add_calibration(group):
         metavar="N",
         help="samples scored at once; the first-order objective is then taken over the batch",
     )
+    group.add_argument(
+        "--scores",
+        metavar="FILE",
+        help="keep what scoring accumulates: another ratio, --global_pruning, --align, or method with the same sums "
+        "then takes seconds, and a run that was killed goes on after the last layer it finished",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="which samples are drawn")
     group.add_argument(
         "--data_dir",
@@ -197,12 +220,31 @@ def _add_evaluation(group):
     group.add_argument("--eval_seqlen", type=int, metavar="N", help="tokens in a perplexity window [default: --seqlen]")
 
 
+def ratios_of(args: argparse.Namespace) -> list[float]:
+    """The ratios to prune at: one, or several."""
+    return args.pruning_ratio if isinstance(args.pruning_ratio, list) else [args.pruning_ratio]
+
+
+def _ratios(text: str) -> float | list[float]:
+    """One number, or several with commas between them."""
+    try:
+        found = [float(part) for part in text.split(",")]
+        return found if len(found) > 1 else found[0]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number, nor several with commas between them") from error
+
+
 def _check(args: argparse.Namespace) -> None:
-    if not (math.isfinite(args.pruning_ratio) and 0 <= args.pruning_ratio < 1):
-        raise UserError(
-            f"--pruning_ratio {args.pruning_ratio}: must be at least 0 and less than 1 "
-            "(0.2 removes 20% of the MLP neurons)"
-        )
+    ratios = ratios_of(args)
+    for ratio in ratios:
+        if not (math.isfinite(ratio) and 0 <= ratio < 1):
+            raise UserError(
+                f"--pruning_ratio {ratio}: must be at least 0 and less than 1 (0.2 removes 20% of the MLP neurons)"
+            )
+    if len(set(ratios)) < len(ratios):
+        raise UserError(f"--pruning_ratio {','.join(map(str, ratios))}: the same ratio stands there twice")
+    if args.max_memory is not None and not args.max_memory > 0:
+        raise UserError(f"--max_memory {args.max_memory}: must be more than 0 (GiB)")
     least = {"nsamples": 1, "seqlen": 2, "batch_size": 1, "align": 1, "eval_windows": 1, "eval_seqlen": 2, "seed": 0}
     for name, minimum in least.items():
         value = getattr(args, name)

@@ -5,20 +5,20 @@ a time, so that `z(fo) + z(ce)` never needs more than one layer of it in memory.
 """
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lib import parallel
 from lib.errors import UserError
 from lib.mlp import Block, Layer, of_tower, tower_config, towers_of, width_field
-from lib.score import CROSS_ENTROPY, FIRST_ORDER, Batch, saliency_sums
+from lib.offload import Placement
+from lib.score import CROSS_ENTROPY, FIRST_ORDER, Walk, saliency_sums
+from lib.sums import InMemory, ScoreFile, Shapes, shapes_of, tensor_name
+from lib.tape import Batch, HiddenStates
 
 
 class ModelVector(Sequence):
@@ -58,13 +58,13 @@ TRIM = 0.02  # share of a neuron's values dropped at each end
 
 def trimmed_mean(saliencies: list[Tensor]) -> Tensor:
     """`|mean|` of each row of `M = Q_down^T + Q_up + Q_gate` without its lowest and highest 2%."""
-    return _trimmed(sum(saliencies)).mean(-1).abs()
+    return trimmed_moments(sum(saliencies))[0].abs()
 
 
 def snr(saliencies: list[Tensor]) -> Tensor:
     """`|mean| / (std + 1e-8)` of each trimmed row of M: signal to noise."""
-    rows = _trimmed(sum(saliencies))
-    return rows.mean(-1).abs() / (rows.std(-1) + 1e-8)
+    mean, std = trimmed_moments(sum(saliencies), with_std=True)
+    return mean.abs() / (std + 1e-8)
 
 
 def abs_sum(saliencies: list[Tensor]) -> Tensor:
@@ -77,11 +77,25 @@ def each_weight(saliencies: list[Tensor]) -> Tensor:
     return torch.stack(saliencies).abs_()
 
 
-def _trimmed(rows: Tensor) -> Tensor:
+def trimmed_moments(rows: Tensor, with_std: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Mean, and standard deviation, of each row `[d_ff, d]` without its lowest and highest 2%."""
     drop = int(TRIM * rows.shape[-1])
-    # NumPy sorts rows with vector instructions, several times faster than torch on a CPU.
-    ordered = rows.sort(-1).values if rows.is_cuda else torch.from_numpy(np.sort(rows.numpy(), -1))
-    return ordered[..., drop : rows.shape[-1] - drop]
+    if rows.is_cuda:
+        return moments_by_selection(rows, drop, with_std)
+    # NumPy sorts rows with vector instructions: faster on a CPU than any selection of torch.
+    middle = torch.from_numpy(np.sort(rows.numpy(), -1))[..., drop : rows.shape[-1] - drop]
+    return middle.mean(-1), middle.std(-1) if with_std else None
+
+
+def moments_by_selection(rows: Tensor, drop: int, with_std: bool) -> tuple[Tensor, Tensor | None]:
+    """The same, from the `drop` lowest and highest values of each row taken away from the whole: no sort."""
+    left = rows.shape[-1] - 2 * drop
+    extremes = torch.cat([rows.topk(drop, -1, largest, sorted=False).values for largest in (False, True)], -1)
+    mean = (rows.sum(-1) - extremes.sum(-1)) / left
+    if not with_std:
+        return mean, None
+    squares = [(x - mean[..., None]).square().sum(-1) for x in (rows, extremes)]
+    return mean, ((squares[0] - squares[1]).clamp_min(0) / (left - 1)).sqrt()
 
 
 NEURON_SCORES = {function.__name__: function for function in (trimmed_mean, snr, abs_sum)}
@@ -269,73 +283,69 @@ def _ordered_keys(values: Tensor) -> np.ndarray:
 # --- the steps together -----------------------------------------------------------------------------
 
 
-def sum_saliencies(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], method: Method, neuron_score: str, spill: str
-) -> dict[str, ModelVector]:
-    """What the method's formula takes: per objective, `[d_ff]` or `[projections, d_ff, d]` for every MLP.
-
-    What is summed per weight is as large as the model, so it goes to files in the folder `spill`, a layer
-    each; what is summed per neuron stays in memory.
-    """
-    sums: dict[int, dict[str, Tensor] | Path] = {}
-    reduction = method.reduction(neuron_score)
-    for index, layer_sums in saliency_sums(model, layers, batches, method.objectives, reduction):
-        sums[index] = layer_sums
-        if not method.structured:
-            sums[index] = Path(spill) / f"{index}.safetensors"
-            try:
-                save_file(layer_sums, sums[index])
-            except SafetensorError as error:
-                raise UserError(
-                    f"--prune_method {method.name}: its scores ({4 * len(method.objectives)} bytes per MLP weight) "
-                    f"do not fit into {tempfile.gettempdir()} ({error}); set TMPDIR to a folder with more room"
-                ) from error
-    return gather(sums, method.objectives)
+def sum_shapes(layers: Sequence[Layer], method: Method) -> Shapes:
+    """The shape of what the method's formula takes: `[d_ff]` or `[projections, d_ff, d]`, per MLP and objective."""
+    blocks = blocks_of(layers)
+    each = [
+        (b.width,) if method.structured else (len(b.projections), *b.projections[0].weight.shape) for b in blocks
+    ]
+    return shapes_of([b.name for b in blocks], each, method.objectives)
 
 
-def gather(sums: dict[int, dict[str, Tensor] | Path], objectives: Sequence[str]) -> dict[str, ModelVector]:
-    """One vector over the MLPs, in order, for each objective, from sums in memory or in files."""
-    order = sorted(sums)
-
-    def layer(objective, index):
-        held = sums[order[index]]
-        if isinstance(held, Path):
-            with safe_open(held, framework="pt") as file:
-                return file.get_tensor(objective)
-        return held[objective]
-
-    return {o: ModelVector(len(order), lambda index, o=o: layer(o, index)) for o in objectives}
-
-
-def choose(
+def score(
     model: nn.Module,
     layers: Sequence[Layer],
     batches: Sequence[Batch],
+    method: Method,
+    neuron_score: str,
+    kept: InMemory | ScoreFile,
+    placement: Placement | None = None,
+    hidden: HiddenStates | None = None,
+) -> dict[str, ModelVector]:
+    """Bring `kept` to the sums that the method's formula takes, and return them: a vector per objective.
+
+    Of several processes each scores its share of the batches. What `kept` holds already is not computed again.
+    """
+    names = [layer.name if layer.block is None else layer.block.name for layer in layers]
+    if not kept.is_complete:
+        own = parallel.share(batches)
+        walk = kept.earlier(len(own)) or Walk.start(len(layers), len(own), method.objectives)
+        reduction = method.reduction(neuron_score)
+        walking = saliency_sums(model, layers, own, method.objectives, reduction, placement, hidden, walk)
+        for index, sums in walking:
+            parallel.add_up(sums[objective] for objective in method.objectives)
+            kept.put({tensor_name(names[index], objective): value for objective, value in sums.items()}, walk)
+        kept.complete()
+    blocks = [block.name for block in blocks_of(layers)]
+    return {o: ModelVector(len(blocks), lambda i, o=o: kept[tensor_name(blocks[i], o)]) for o in method.objectives}
+
+
+def select(
+    layers: Sequence[Layer],
+    sums: dict[str, ModelVector],
     method: Method,
     ratio: float,
     across_layers: bool = False,
     neuron_score: str = "trimmed_mean",
     align: int = 1,
 ) -> Selection:
-    """Score the model on the batches and select what the method keeps at this ratio.
-
-    Towers are standardised and thresholded each on its own.
-    """
-    if ratio == 0 and method.structured:  # nothing to choose, so nothing to score
-        return Selection(True, tuple(torch.arange(block.width) for block in blocks_of(layers)))
+    """What the method keeps at this ratio. Towers are standardised and thresholded each on its own."""
     kept, unused = [], ()
-    with tempfile.TemporaryDirectory(prefix="afr-st-") as spill:
-        sums = sum_saliencies(model, layers, batches, method, neuron_score, spill)
+    if method.structured:
+        silent = (not any(v[i].any() for v in sums.values()) for i in range(len(blocks_of(layers))))
+        unused = tuple(b.name for b, nothing in zip(blocks_of(layers), silent, strict=True) if nothing)
+    for tower in pruned_towers(layers):
+        scores = method.scores(sums_of_tower(sums, layers, tower), neuron_score)
         if method.structured:
-            silent = (not any(v[i].any() for v in sums.values()) for i in range(len(blocks_of(layers))))
-            unused = tuple(b.name for b, nothing in zip(blocks_of(layers), silent, strict=True) if nothing)
-        for tower in pruned_towers(layers):
-            scores = method.scores(sums_of_tower(sums, layers, tower), neuron_score)
-            if method.structured:
-                kept.extend(select_neurons(list(scores), ratio, across_layers, align).kept)
-            else:
-                kept.extend(select_weights(scores, ratio, across_layers).kept)
+            kept.extend(select_neurons(list(scores), ratio, across_layers, align).kept)
+        else:
+            kept.extend(select_weights(scores, ratio, across_layers).kept)
     return Selection(method.structured, tuple(kept), unused)
+
+
+def everything(layers: Sequence[Layer]) -> Selection:
+    """All neurons: what stays at ratio 0, for which nothing needs to be scored."""
+    return Selection(True, tuple(torch.arange(block.width) for block in blocks_of(layers)))
 
 
 def sums_of_tower(sums: dict[str, ModelVector], layers: Sequence[Layer], tower: str) -> dict[str, ModelVector]:

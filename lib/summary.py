@@ -1,5 +1,6 @@
 """What a run did: for a person on the terminal, and for a program in `pruning.json`."""
 
+import copy
 import platform
 import shlex
 import sys
@@ -14,7 +15,7 @@ from lib.data import token_ids
 from lib.evaluate import Size, Speed
 from lib.mlp import LANGUAGE
 from lib.prune import METHODS, Selection
-from lib.score import Sample
+from lib.tape import Sample
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 GIB = 2**30
@@ -36,6 +37,7 @@ class Run:
     data: dict = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     speed: dict[str, Speed] = field(default_factory=dict)
+    score_file: dict = field(default_factory=dict)  # path and whether its scores were there already
     verified: bool = False
     bytes_on_disk: dict[str, int] = field(default_factory=dict)
 
@@ -55,6 +57,17 @@ class Run:
         }
         if skipped:
             self.data["skipped"] = skipped
+
+    def scores(self, path: str | None, were_there: bool) -> None:
+        """Note the file of scores, if one was asked for."""
+        if path:
+            self.score_file = {"path": path, "reused": were_there}
+
+    def of_ratio(self, ratio: float, target: str | None) -> "Run":
+        """A run of its own for one of several ratios, with all that is known so far."""
+        run = copy.deepcopy(self)
+        run.args |= {"pruning_ratio": ratio, "save_model": target}
+        return run
 
     def pruned(self, size: Size, selection: Selection) -> None:
         """Note the model as it is now."""
@@ -85,6 +98,7 @@ class Run:
             "sparsity": {"mlp": self.mlp_sparsity, "model": self.model_sparsity},
             "perplexity": {**self.perplexity, "measured_on": self.measured_on} if self.perplexity else None,
             "tokens_per_second": {name: vars(speed) for name, speed in self.speed.items()} or None,
+            "scores": self.score_file or None,
             "verified": self.verified,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_memory_bytes": self.peak_bytes,
@@ -100,7 +114,7 @@ class Run:
         """Share of the whole model's parameters that is gone or zero (biases of removed neurons included)."""
         return max(self.before.mlp - self.kept_mlp, self.before.total - self.after.total) / self.before.total
 
-    def text(self, formats: Sequence[str]) -> str:
+    def text(self) -> str:
         """The summary a person reads in ten seconds."""
         before, after = self.before, self.after
         rows = [
@@ -124,11 +138,14 @@ class Run:
                     f"writing {dense.decode:.1f} -> {pruned.decode:.1f}",
                 )
             )
+        if self.score_file:
+            was = "read, not computed again" if self.score_file["reused"] else "kept for the next run"
+            rows.append(("scores", f"{self.score_file['path']}  ({was})"))
         rows.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
         rows.append(
             ("peak memory", ", ".join(f"{name} {value / GIB:.2f} GiB" for name, value in self.peak_bytes.items()))
         )
-        rows.extend(self._where(formats))
+        rows.extend(self._where())
         width = max(len(name) for name, _ in rows)
         title = f"{self.args['prune_method']}  {self.args['model']}  ratio {self.args['pruning_ratio']}"
         return "\n".join(["", title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
@@ -148,7 +165,7 @@ class Run:
         if "skipped" in self.data:
             yield "skipped", f"{self.data['skipped']} rows, whose image is missing or damaged or whose caption is empty"
 
-    def _where(self, formats) -> list[tuple[str, str]]:
+    def _where(self) -> list[tuple[str, str]]:
         folder = self.args["save_model"]
         if not folder:
             return [("saved", "nothing; add --save_model DIR to keep the pruned model")]

@@ -453,7 +453,7 @@ def test_the_old_result_comes_back_when_the_new_one_cannot_take_its_place(
 STEPS = {
     "loading the model": ("transformers.AutoModelForCausalLM.from_pretrained", []),
     "scoring": ("torch.autograd.grad", []),
-    "scoring weights": ("lib.prune.save_file", ["--prune_method", "afr"]),
+    "scoring weights": ("lib.sums.ScoreFile.put", ["--prune_method", "afr"]),
     "generating": ("transformers.GenerationMixin.generate", ["--dataset", "self_generated"]),
     "measuring perplexity": ("lib.evaluate.perplexity", ["--eval_ppl"]),
     "saving the folder": ("transformers.PreTrainedModel.save_pretrained", []),

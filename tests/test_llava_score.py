@@ -12,8 +12,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from lib import checkpoint
 from lib.errors import UserError
 from lib.mlp import LANGUAGE, VISION, find_layers, width_field
-from lib.prune import METHODS, abs_sum, blocks_of, choose, remove, select_neurons, trimmed_mean
-from lib.score import IGNORE, Batch, saliency_sums
+from lib.prune import METHODS, abs_sum, blocks_of, remove, score, select, select_neurons, trimmed_mean
+from lib.score import saliency_sums
+from lib.sums import InMemory
+from lib.tape import IGNORE, Batch
 
 IMAGE = 60
 PATCHES = 4
@@ -151,6 +153,11 @@ def test_one_tower_is_scored_alone(tower):
 def test_towers_are_found_in_the_order_of_data_flow():
     layers = find_layers(tiny_llava())
     assert [layer.tower for layer in layers] == [VISION] * 4 + [LANGUAGE] * 3
+
+
+def choose(model, layers, made, method, ratio, across, neuron_score="trimmed_mean"):
+    sums = score(model, layers, made, method, neuron_score, InMemory())
+    return select(layers, sums, method, ratio, across, neuron_score)
 
 
 @pytest.mark.parametrize("across", [False, True])

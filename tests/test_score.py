@@ -8,7 +8,8 @@ from oracle import saliencies
 from lib.errors import UserError
 from lib.mlp import find_layers
 from lib.prune import abs_sum, each_weight, snr, trimmed_mean
-from lib.score import CROSS_ENTROPY, FIRST_ORDER, collate, cross_entropy_cotangent, mean_singular_value, saliency_sums
+from lib.score import CROSS_ENTROPY, FIRST_ORDER, cross_entropy_cotangent, mean_singular_value, saliency_sums
+from lib.tape import collate
 
 BOTH = (FIRST_ORDER, CROSS_ENTROPY)
 

@@ -1,0 +1,241 @@
+"""What scoring accumulated, kept: in memory, or in a file from which other runs go on.
+
+A score file is an ordinary safetensors file: `LAYER.OBJECTIVE` holds a float32 sum per neuron `[d_ff]` or per weight
+`[projections, d_ff, d]`, the metadata's `key` what the sums depend on. Until it is complete it is called FILE.partial,
+with FILE.partial.walk beside it: the cotangents from which the next run goes on.
+"""
+
+import json
+import math
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lib import parallel
+from lib.errors import UserError
+from lib.score import Walk
+
+# The state of the walk is as large as a layer's hidden states. It is not written more often than so many times the
+# time that writing it takes.
+WALK_SHARE = 10
+ALIGNMENT = 8  # of the header, so that the values can be mapped
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def tensor_name(layer: str, objective: str) -> str:
+    """What a layer's sum is called in a file."""
+    return f"{layer}.{objective}"
+
+
+class InMemory:
+    """Sums by name, and nothing to go on from."""
+
+    is_complete = False
+
+    def __init__(self):
+        self._held: dict[str, Tensor] = {}
+
+    def earlier(self, n_batches: int) -> Walk | None:
+        """No earlier run left anything."""
+        return None
+
+    def put(self, sums: dict[str, Tensor], walk: Walk) -> None:
+        """Keep the sums of one layer."""
+        self._held |= sums
+
+    def complete(self) -> None:
+        """All layers are there."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._held[name]
+
+
+class ScoreFile:
+    """Sums in a file, written layer by layer. With `resumable`, a run that was killed is gone on with."""
+
+    def __init__(self, path: str | Path, key: dict, shapes: Shapes, resumable: bool = True):
+        """Open `path`, or what an earlier run left of it, or make it.
+
+        Raises UserError that names the difference when it was made from something else, or lacks a sum that is
+        needed, when it is no score file, and when it cannot be written.
+        """
+        self.path, self.key, self.resumable = Path(path), key, resumable
+        self.partial = Path(f"{path}.partial")
+        self.walk_path = Path(f"{path}.partial.walk{parallel.rank() or ''}")
+        self.is_complete = self.path.exists()
+        self.bytes = sum(4 * math.prod(shape) for shape in shapes.values())
+        self._written, self._took = 0.0, 0.0
+        found = self.path if self.is_complete else self.partial
+        if found.exists() and (self.is_complete or self.walk_path.exists()):
+            self._refuse_other(found, shapes)
+        elif parallel.is_main():
+            self._create(shapes)
+        self._places = None
+
+    # --- reading ---
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._header()
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._header()[name]
+        start, end = entry["data_offsets"]
+        with open(self.path if self.is_complete else self.partial, "rb") as file:
+            file.seek(self._data_start + start)
+            data = bytearray(file.read(end - start))
+        return torch.frombuffer(data, dtype=torch.float32).view(entry["shape"])
+
+    def _header(self) -> dict:
+        if self._places is None:
+            with open(self.path if self.is_complete else self.partial, "rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                self._places, self._data_start = json.loads(file.read(size)), 8 + size
+        return self._places
+
+    def _refuse_other(self, path: Path, shapes: Shapes) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                key = json.loads(file.metadata()["key"])
+                there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--scores {path}: is damaged or no score file ({type(error).__name__}); name another, or delete it"
+            ) from error
+        for name, wanted in self.key.items():
+            if key.get(name) != wanted:
+                raise UserError(
+                    f"--scores {path}: holds scores for another {name} ({key.get(name)}, now {wanted}); "
+                    "name another file, or delete this one"
+                )
+        missing = [name for name in shapes if there.get(name) != shapes[name]]
+        if missing:
+            kinds = sorted({name.rpartition(".")[2] for name in there})
+            raise UserError(
+                f"--scores {path}: holds the sums {', '.join(kinds)}, but '{missing[0]}' is needed; "
+                "name another file (structured_afr and afr keep the sums of all methods of their kind)"
+            )
+
+    # --- writing ---
+
+    def _create(self, shapes: Shapes) -> None:
+        header, offset = {"__metadata__": {"key": json.dumps(self.key)}}, 0
+        for name, shape in shapes.items():
+            size = 4 * math.prod(shape)
+            header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        data = json.dumps(header).encode()
+        data += b" " * (-len(data) % ALIGNMENT)
+        with self._writing():
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.partial, "wb") as file:
+                file.write(struct.pack("<Q", len(data)) + data)
+                file.truncate(8 + len(data) + offset)
+            self._forget_walk()
+
+    def earlier(self, n_batches: int) -> Walk | None:
+        """The walk of an earlier run to go on with; None where there is none, or processes are not at one."""
+        walk = self._read_walk(n_batches) if self.resumable else None
+        index = walk.index if walk else -1
+        low, high = parallel.lowest_and_highest(index)
+        return walk if low == high else None
+
+    def put(self, sums: dict[str, Tensor], walk: Walk) -> None:
+        """Write the sums of one layer, then how far the walk has come."""
+        if parallel.is_main():
+            header = self._header()
+            with self._writing(), open(self.partial, "r+b") as file:
+                for name, value in sums.items():
+                    file.seek(self._data_start + header[name]["data_offsets"][0])
+                    file.write(value.contiguous().view(torch.uint8).numpy())
+        now = time.monotonic()
+        due = self.resumable and now - self._written >= WALK_SHARE * self._took
+        if parallel.lowest_and_highest(int(due))[0]:
+            with self._writing():
+                self._write_walk(walk)
+            self._written = time.monotonic()
+            self._took = self._written - now
+
+    def complete(self) -> None:
+        """All layers are there: the file takes its name."""
+        parallel.wait()
+        if parallel.is_main():
+            with self._writing():
+                os.replace(self.partial, self.path)
+        self._forget_walk()
+        self.is_complete = True
+
+    def _write_walk(self, walk: Walk) -> None:
+        tensors = {
+            f"{where}/{objective}/{number}": tensor.contiguous()
+            for where, held in [("pulled", walk.pulled), *((str(i), a) for i, a in walk.arriving.items())]
+            for objective, per_batch in held.items()
+            for number, tensor in enumerate(per_batch)
+            if tensor is not None
+        }
+        state = {"index": walk.index, "reached": walk.reached, "world": parallel.world()}
+        partial = Path(f"{self.walk_path}.new")
+        save_file(tensors, partial, {"state": json.dumps(state)})
+        parallel.wait()  # so that all are at the same layer, but for the moment of renaming
+        os.replace(partial, self.walk_path)
+
+    def _read_walk(self, n_batches: int) -> Walk | None:
+        try:
+            with safe_open(self.walk_path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name).clone() for name in names}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None
+        if state["world"] != parallel.world():
+            return None
+        walk = Walk(state["index"], {}, {}, state["reached"])
+        for name, tensor in tensors.items():
+            where, objective, number = name.split("/")
+            held = walk.pulled if where == "pulled" else walk.arriving.setdefault(int(where), {})
+            held.setdefault(objective, [None] * n_batches)[int(number)] = tensor
+        return walk
+
+    def _forget_walk(self) -> None:
+        self.walk_path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise UserError(
+                f"--scores {self.path}: the scores ({self.bytes / 2**30:.1f} GiB) cannot be written ({reason}); "
+                "name a file where there is more room (--scores FILE; without it, the folder TMPDIR)"
+            ) from error
+
+
+@contextmanager
+def open_scores(path: str | None, key: dict, shapes: Shapes, small: bool) -> Iterator[InMemory | ScoreFile]:
+    """Where a run keeps its sums: in the file it names, else in memory where they are `small`, else in a file that
+    goes with the run."""
+    if path is not None:
+        yield ScoreFile(path, key, shapes)
+    elif small:
+        yield InMemory()
+    else:
+        with tempfile.TemporaryDirectory(prefix="afr-st-") as folder:
+            yield ScoreFile(Path(folder) / "scores", key, shapes, resumable=False)
+
+
+def shapes_of(names: Sequence[str], shapes: Sequence[tuple[int, ...]], objectives: Sequence[str]) -> Shapes:
+    """The shape of every sum, by name, for MLPs of these names and shapes."""
+    return {tensor_name(n, o): tuple(shape) for n, shape in zip(names, shapes, strict=True) for o in objectives}

@@ -1,0 +1,409 @@
+"""lmms-eval's shipped tasks, unmodified and without a network, on LLaVA in every saved form; its command line and
+lmms-eval.sh as their users run them."""
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, fresh_environment
+from datasets import Dataset
+from lmms_eval import evaluator, models
+from lmms_eval.api.instance import Instance
+from lmms_eval.tasks import TaskManager
+from PIL import Image
+from tenacity import Future, RetryError
+from test_llava_loading import (  # noqa: F401  fixtures
+    SYSTEM,
+    TOWER_NAME,
+    picture,
+    reference,
+    write_checkpoint,
+    write_data,
+    write_tower,
+)
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import main
+from lib import tasks
+from lib.errors import UserError
+from lib.lmms import __main__ as command_line
+from lib.lmms import llava
+from lib.lmms.llava import PrunedLlava
+
+TASKS = ["vizwiz_vqa_val", "scienceqa_img"]
+ROWS = 5
+SHORT = "max_new_tokens=6"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(reference, tmp_path_factory):  # noqa: F811
+    """An original checkpoint whose answers depend on image and question: it attends strongly and says few bytes."""
+    folder = tmp_path_factory.mktemp("lively") / "llava-v1.5-7b"
+    state = {name: weight * 6 if "_proj." in name else weight for name, weight in reference.original_state().items()}
+    state["lm_head.weight"][3:259] *= 0.02
+    write_tower(folder / TOWER_NAME, reference)
+    return write_checkpoint(folder, state)
+
+
+@pytest.fixture(scope="module")
+def pruned(checkpoint, tmp_path_factory):
+    """Folders with both saved forms: "one width" for each tower, "widths" that differ by layer."""
+    folder = tmp_path_factory.mktemp("pruned")
+    data = write_data(folder / "data")
+    flags = {"one width": [], "widths": ["--global_pruning"]}
+    for name, more in flags.items():
+        command = ["--model", checkpoint, "--prune_method", "structured_afr_llava", "--pruning_ratio", 0.25, *more]
+        command += ["--data_dir", data, "--nsamples", 4, "--dtype", "float32", "--save_format", "both"]
+        assert main.main([str(word) for word in [*command, "--save_model", folder / name]]) == 0
+    assert not (folder / "one width" / "modeling_pruned.py").exists()
+    assert (folder / "widths" / "modeling_pruned.py").exists()
+    return {name: folder / name for name in flags}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder with data sets under their Hub names: made-up images, one question without any."""
+    folder = tmp_path_factory.mktemp("work")
+    images = [picture(30 + 7 * number, 40, seed=number) for number in range(ROWS)]
+    vizwiz, science = [], []
+    for number, image in enumerate(images):
+        asked = {"question_id": f"{number}", "question": f"what is number {number}?", "category": "other"}
+        vizwiz.append(asked | {"image": image, "answers": ["cat"] * 10})
+        asked = {"question": f"is it {number}?", "hint": "", "choices": ["a cat", "a hat"], "answer": number % 2}
+        science.append(asked | {"image": image if number != 2 else None})
+    write_hub_folder(folder / "lmms-lab-encoder/VizWiz-VQA", "default", "val", vizwiz)
+    write_hub_folder(folder / "lmms-lab-encoder/ScienceQA", "ScienceQA-IMG", "test", science)
+    return folder
+
+
+def write_hub_folder(folder: Path, name: str, split: str, rows: list[dict]) -> None:
+    """A data set as the Hub lays it out."""
+    folder.mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
+    header = ["---", "configs:", f"- config_name: {name}", "  data_files:", f"  - split: {split}"]
+    (folder / "README.md").write_text("\n".join([*header, f"    path: {split}.parquet", "---", ""]))
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager("ERROR", model_name="llava")
+
+
+@pytest.fixture
+def evaluate(work, manager, monkeypatch):
+    """`evaluate(pretrained=..., batch_size=2, ...)` -> lmms-eval's results in this process."""
+
+    def run(batch_size=1, names=TASKS, **arguments) -> dict:
+        monkeypatch.chdir(work)
+        arguments = ",".join(f"{name}={value}" for name, value in ({"dtype": "float32"} | arguments).items())
+        return evaluator.simple_evaluate(
+            model="llava", model_args=arguments, tasks=names, batch_size=f"{batch_size}", gen_kwargs=SHORT,
+            task_manager=manager, bootstrap_iters=0, process_docs_parallel=1,
+        )  # fmt: skip
+
+    return run
+
+
+def answers(found: dict) -> dict[str, list[str]]:
+    return {name: [row["filtered_resps"][0] for row in rows] for name, rows in found["samples"].items()}
+
+
+def written_answers(model, processor, question: str, image) -> str:
+    """Greedy decoding by hand, up to six tokens, of a prompt written by hand."""
+    mark = "<image>\n" if image else ""
+    text = f"{SYSTEM} USER: {mark}{question} ASSISTANT:"
+    inputs = processor(text=text, images=image, return_tensors="pt")
+    ids, new = inputs.pop("input_ids"), []
+    while len(new) < 6 and (not new or new[-1] != processor.tokenizer.eos_token_id):
+        with torch.no_grad():
+            logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -1]
+        new.append(int(logits.argmax()))
+        ids = torch.cat([ids, torch.tensor([[new[-1]]])], dim=1)
+    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+# --- answers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("widths", ["one width", "widths"])
+def test_folder_and_model_bin_answer_alike_and_as_decoding_by_hand(widths, evaluate, pruned):
+    folder = pruned[widths]
+    as_folder = evaluate(pretrained=folder, device_map="auto")
+    as_bin = evaluate(pretrained="some-company/not-here", pruned=f"{folder}/model.bin", device_map="auto")
+    assert {name: len(rows) for name, rows in answers(as_folder).items()} == dict.fromkeys(TASKS, ROWS)
+    assert answers(as_bin) == answers(as_folder)
+    assert all(len(set(rows)) > 2 for rows in answers(as_folder).values())
+    for name in TASKS:
+        assert as_bin["results"][name]["exact_match,none"] == as_folder["results"][name]["exact_match,none"]
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
+    for number, answer in enumerate(answers(as_folder)["scienceqa_img"]):
+        order = "Answer with the option's letter from the given choices directly."
+        question = f"is it {number}?\nA. a cat\nB. a hat\n{order}"
+        image = picture(30 + 7 * number, 40, seed=number) if number != 2 else None
+        assert written_answers(model, processor, question, image) == answer
+
+
+def test_a_batch_of_two_answers_as_single_questions_do(evaluate, pruned):
+    single, double = (answers(evaluate(size, pruned=pruned["widths"])) for size in (1, 2))
+    assert double == single
+
+
+@pytest.mark.parametrize("form", ["original", "transformers"])
+def test_the_dense_model_is_taken_in_both_forms(form, checkpoint, tmp_path):
+    model, processor = llava.load(str(checkpoint), dtype=torch.float32)
+    if form == "transformers":
+        model.save_pretrained(tmp_path / "llava-hf")
+        processor.save_pretrained(tmp_path / "llava-hf")
+    name = str(checkpoint if form == "original" else tmp_path / "llava-hf")
+    found = PrunedLlava(pretrained=name, dtype="float32")._answer(["what is it?"], [[picture()]], {"max_new_tokens": 6})
+    assert found == [written_answers(model, processor, "what is it?", picture())]
+
+
+def test_code_in_a_folder_is_run_only_when_told_to(pruned, tmp_path):
+    folder = shutil.copytree(pruned["widths"], tmp_path / "copy")
+    own = llava.load(str(folder))[0]
+    trusted = llava.load(str(folder), trust_code=True)[0]
+    assert type(own).__module__ == "transformers.models.llava.modeling_llava"
+    assert type(trusted).__module__.startswith("transformers_modules.")
+    with open(folder / "modeling_pruned.py", "a") as file:
+        file.write("\nprint('edited')\n")
+    with pytest.raises(UserError, match="modeling_pruned.py"):
+        llava.load(str(folder))
+    states = [model.state_dict() for model in (own, llava.load(str(folder), trust_code=True)[0])]
+    assert all(torch.equal(weight, states[1][name]) for name, weight in states[0].items())
+
+
+@pytest.fixture(scope="module")
+def model(pruned):
+    return PrunedLlava(pruned=pruned["widths"], dtype="float32")
+
+
+def test_a_likelihood_is_the_mean_loss_of_the_answer(model):
+    model.task_dict = {"task": {"test": [{"images": [picture()]}, {"images": []}]}}
+    asked = [("is it a cat?", " yes"), ("is it a hat?", lambda doc: f"no {len(doc['images'])}")]
+    requests = [
+        Instance("loglikelihood", (text, target, lambda doc: doc["images"], number, "task", "test"), 0,
+                 {"task": "task", "doc_id": number, "repeats": 1})
+        for number, (text, target) in enumerate(asked)
+    ]  # fmt: skip
+    found = model.loglikelihood(requests)
+    wanted = [("<image>\nis it a cat?", "yes", picture()), ("is it a hat?", "no 0", None)]
+    for (loss, greedy), (question, answer, image) in zip(found, wanted, strict=True):
+        prompt = f"{SYSTEM} USER: {question} ASSISTANT:"
+        before = model.processor(text=prompt, images=image, return_tensors="pt")["input_ids"].shape[1]
+        inputs = model.processor(text=f"{prompt} {answer}</s>", images=image, return_tensors="pt")
+        with torch.no_grad():
+            scores = model.model(**inputs).logits[0].log_softmax(-1)
+        ids = inputs["input_ids"][0]
+        parts = [-float(scores[place - 1, ids[place]]) for place in range(before, len(ids))]
+        assert loss == pytest.approx(sum(parts) / len(parts), rel=1e-4) and greedy is False
+
+
+def test_several_rounds_are_refused(model):
+    with pytest.raises(NotImplementedError, match="several rounds"):
+        model.generate_until_multi_round([])
+    with pytest.raises(NotImplementedError, match="videos"):
+        llava.images_of(["film.mp4"])
+
+
+# --- prompts, generation arguments ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, n_images, wanted", [
+    ("what?", 1, "<image>\nwhat?"),
+    ("what?", 0, "what?"),
+    ("which?", 2, "<image>\n<image>\nwhich?"),
+    ("is <image> like <image> ?", 2, "is <image> like <image> ?"),
+    ("is <image> it?", 2, "<image>\n<image>\nis  it?"),
+    ("say <image>", 0, "say"),
+])  # fmt: skip
+def test_prompts_are_those_of_llava(text, n_images, wanted, model):
+    assert llava.prompt(model.processor, text, n_images) == f"{SYSTEM} USER: {wanted} ASSISTANT:"
+
+
+GREEDY = {"max_new_tokens": 1024, "num_beams": 1, "do_sample": False}
+
+
+@pytest.mark.parametrize("given, wanted, until", [
+    ({}, GREEDY, []),
+    ({"temperature": 0, "image_aspect_ratio": "original", "until": "\n\n"}, GREEDY, ["\n\n"]),
+    ({"temperature": 0.0, "top_p": None, "top_k": 5, "do_sample": True, "until": ["a", "b"]}, GREEDY, ["a", "b"]),
+    ({"do_sample": False, "temperature": 0.7, "max_new_tokens": 16}, GREEDY | {"max_new_tokens": 16}, []),
+    ({"temperature": 0.7, "top_p": 0.9}, GREEDY | {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, []),
+    ({"num_beams": 3, "visual_cot": True}, GREEDY | {"num_beams": 3}, []),
+])  # fmt: skip
+def test_generation_arguments_are_those_that_generate_takes(given, wanted, until, model):
+    assert llava.generation_settings(given) == (wanted, until)
+    assert len(model._answer(["is it?"], [[picture()]], given | {"max_new_tokens": 2})) == 1
+
+
+def test_an_answer_ends_where_the_task_says():
+    assert llava.cut(" a cat\n\nUSER: and", ["USER", "\n\n", ""]) == "a cat"
+    assert llava.cut("a cat", []) == "a cat"
+
+
+def test_images_are_taken_in_any_mode():
+    images = llava.images_of([Image.new("L", (4, 4)), None, Image.new("RGBA", (4, 4))])
+    assert [image.mode for image in images] == ["RGB", "RGB"]
+    assert llava.images_of(None) == llava.images_of([]) == []
+
+
+# --- what it is told --------------------------------------------------------------------------------
+
+
+def test_dtype_is_that_of_every_weight_and_images_follow(pruned):
+    model = PrunedLlava(pruned=pruned["one width"], dtype="bfloat16", device="cpu")
+    assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
+    assert len(model._answer(["is it?"], [[picture()]], {"max_new_tokens": 2})) == 1
+    assert model.tokenizer.padding_side == "left" and model.tokenizer.pad_token == "<pad>"
+
+
+class Hostile:
+    """Unpickles to a program that leaves a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+@pytest.mark.parametrize("arguments, saying", [
+    ({}, "pretrained="),
+    ({"pruned": "nowhere/model.bin"}, "no such file"),
+    ({"pretrained": "./nowhere"}, "pretrained=./nowhere"),
+    ({"pruned": "{}/model.bin", "conv_template": "vicuna_v1"}, "conv_template=vicuna_v1"),
+    ({"pruned": "{}/model.bin", "dtype": "int3"}, "dtype=int3"),
+    ({"pruned": "{}/model.bin", "device_map": "everywhere"}, "device_map=everywhere"),
+    ({"pruned": "{}/model.bin", "batch_size": "auto"}, "--batch_size auto"),
+])  # fmt: skip
+def test_what_cannot_be_loaded_is_one_line(arguments, saying, pruned):
+    with pytest.raises(UserError, match=saying) as caught:
+        PrunedLlava(**{name: value.format(pruned["widths"]) for name, value in arguments.items()})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_language_model_is_no_llava(tiny_model, run_cli, data_dir, tmp_path):
+    command = ["--model", tiny_model("llama"), "--data_dir", data_dir, "--nsamples", 2, "--seqlen", 32]
+    assert run_cli(*command, "--save_format", "both", "--save_model", tmp_path / "text").code == 0
+    for arguments in ({"pretrained": tmp_path / "text"}, {"pruned": tmp_path / "text" / "model.bin"}):
+        with pytest.raises(UserError, match="is no LLaVA"):
+            PrunedLlava(**arguments)
+
+
+def test_a_hostile_checkpoint_ends_the_command_line_in_one_line(tmp_path, capfd):
+    torch.save({"model": Hostile(tmp_path / "ran"), "tokenizer": None}, tmp_path / "model.bin")
+    with pytest.raises(SystemExit) as leaving:
+        PrunedLlava.create_from_arg_string(f"pruned={tmp_path}/model.bin", {"batch_size": "1", "device": None})
+    err = capfd.readouterr().err
+    assert leaving.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "system" in err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_built_in_models_stay():
+    listed = models.list_available_models()
+    assert {"llava", "llava_hf", "llava_onevision", "qwen2_5_vl", "vllm", "dummy"} <= set(listed) and len(listed) > 90
+    assert models.get_model("llava") is PrunedLlava
+    assert inspect.getmodule(models.get_model("dummy")).__name__.startswith("lmms_eval.")
+
+
+def test_arguments_load_a_result_by_what_it_holds(pruned):
+    def found(path, **more):
+        kind, values = tasks.arguments(str(path), harness="lib.lmms", **more)[1::2]
+        return kind, values.split(",")
+
+    folder = pruned["widths"]
+    assert found(folder) == ("llava", [f"pretrained={folder}", "dtype=auto"])
+    assert found(folder, trust=True)[1] == [f"pretrained={folder}", "trust_remote_code=True", "dtype=auto"]
+    as_bin = ("llava", [f"pruned={folder}/model.bin", "dtype=auto"])
+    assert found(folder, form="bin") == found(folder / "model.bin") == as_bin
+    assert found("liuhaotian/llava-v1.5-13b")[1][0] == "pretrained=liuhaotian/llava-v1.5-13b"
+
+
+def test_the_table_shows_a_measure_that_it_does_not_know():
+    def results(shift):
+        mme = {"alias": "mme", "submission,none": [], "mme_score,none": 1500 + shift, "mme_score_stderr,none": "N/A"}
+        return {"results": {"mme": mme, "gqa": {"exact_match,none": 0.5, "exact_match_stderr,none": 0.25}},
+                "n-samples": {"gqa": {"effective": 4}, "mme": {"effective": 9}}}  # fmt: skip
+
+    assert tasks.table(results(0), results(-100)).splitlines()[2:] == [
+        "| mme | mme_score | 9 | 1500.0000 | 1400.0000 | -100.0000 |  |",
+        "| gqa | exact_match | 4 | 0.5000 | 0.5000 | +0.0000 | 0.2500 |",
+    ]
+
+
+# --- command lines ----------------------------------------------------------------------------------
+
+
+def test_the_readmes_command_runs(pruned, work, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "-m", "lmms_eval"]
+    command += ["--model", "llava", "--model_args"]
+    command += [f"pretrained=liuhaotian/llava-v1.5-13b,pruned={pruned['widths']}/model.bin,device_map=auto"]
+    command += ["--tasks", ",".join(TASKS), "--batch_size", "1", "--output_path", tmp_path / "logs"]
+    done = subprocess.run(
+        [*command, "--gen_kwargs", SHORT], cwd=work, env=fresh_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = tasks.results(tmp_path / "logs")
+    assert found["results"].keys() == set(TASKS) and found["model_name"] == "liuhaotian/llava-v1.5-13b"
+    assert {name: count["effective"] for name, count in found["n-samples"].items()} == dict.fromkeys(TASKS, ROWS)
+
+
+@pytest.fixture
+def lmms_eval_sh(work, tmp_path):
+    """`lmms_eval_sh(NAME=value, ...)` runs the script with the environment of these tests."""
+
+    def run(*arguments, **values):
+        settings = {"VENV": sys.prefix, "OFFLINE": 1, "DATA_DIR": work, "WORK_DIR": tmp_path / "work", "LIMIT": 4}
+        settings |= {"TASKS": "scienceqa_img", "OUT": tmp_path / "logs" / "pruned"} | values
+        environment = fresh_environment() | {name: str(value) for name, value in settings.items()}
+        command = ["bash", ROOT / "lmms-eval.sh", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_lmms_eval_sh_prints_dense_beside_pruned(lmms_eval_sh, pruned, checkpoint, tmp_path):
+    done = lmms_eval_sh("--gen_kwargs", SHORT, PRUNED=pruned["widths"], BASE=checkpoint)
+    assert done.returncode == 0, done.stderr
+    places = next((tmp_path / "logs").glob("dense-*")), tmp_path / "logs" / "pruned"
+    values = [tasks.results(place)["results"]["scienceqa_img"]["exact_match,none"] for place in places]
+    cells = [cell.strip() for cell in done.stdout.splitlines()[-1].split("|")]
+    assert cells[1:4] == ["scienceqa_img", "exact_match", "4"]
+    assert [float(cell) for cell in cells[4:6]] == pytest.approx(values, abs=1e-4)
+
+
+def test_lmms_eval_sh_asks_for_a_model(lmms_eval_sh):
+    done = lmms_eval_sh()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "PRUNED=" in done.stderr
+
+
+def failed(error: Exception) -> RetryError:
+    """How lmms-eval reports data that it could not get."""
+    attempt = Future(5)
+    attempt.set_exception(error)
+    return RetryError(attempt)
+
+
+@pytest.mark.parametrize("error, code, saying", [
+    (ValueError("Tasks not found: gqq.\nTry another"), 2, "error: Tasks not found: gqq. Try another"),
+    (failed(ConnectionError("Couldn't reach 'a/b' (OfflineModeIsEnabled)")), 2, "DATA_DIR"),
+    (NotImplementedError("llava: no videos"), 2, "error: llava: no videos"),
+    (KeyError("image"), 1, "Traceback"),
+], ids=["task", "data", "video", "defect"])  # fmt: skip
+def test_the_command_line_ends_with_an_exit_code(error, code, saying, capfd):
+    def evaluate(_):
+        raise error
+
+    with pytest.raises(SystemExit) as leaving:
+        command_line.exiting(evaluate)(None)
+    err = capfd.readouterr().err
+    assert leaving.value.code == code and saying in err
+    assert code == 1 or err.count("\n") == 1
