@@ -118,15 +118,16 @@ def score_key(args, loaded, data_facts: dict, method) -> dict:
     """All that the sums depend on, what a person would notice first."""
     from lib import builder
 
+    dtype = loaded.resources.dtype
     return {
         "model": args.model,
-        "weights": builder.fingerprint(loaded.model),
-        **{f"calibration {name}": value for name, value in data_facts.items()},
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "dtype": str(loaded.resources.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "neuron_score": args.neuron_score if method.structured else "none, single weights",
+        "batch_size": args.batch_size,
         "towers": args.towers,
+        "seed": args.seed,
+        **{f"calibration {name}": value for name, value in data_facts.items()},
+        "weights": builder.fingerprint(loaded.model, dtype),
     }
 
 

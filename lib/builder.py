@@ -253,11 +253,12 @@ def refuse_nan(model: nn.Module) -> None:
             )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the model's weights, of 256 values from all over each: other values, another fingerprint."""
+def fingerprint(model: nn.Module, dtype: torch.dtype) -> str:
+    """SHA-256 of the model's weights in `dtype`, of 256 values from all over each: other values, another fingerprint.
+    """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         values = weight.detach().flatten()
-        values = values[:: max(len(values) // 256, 1)].float().cpu()
+        values = values[:: max(len(values) // 256, 1)].to(dtype).float().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ A layer whose weights are kept on the host comes to the device for all samples a
 are fetched. So each weight crosses the bus once per pass over the layers, whatever the number of samples.
 """
 
+import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,19 +139,23 @@ class Resources:
     def place(self, model: nn.Module, layers: Sequence[Layer]) -> Placement:
         """Bring the model where it works, in `dtype`. Raises UserError for a GPU that does not hold what it must."""
         where = self._where(sum(p.numel() for p in model.parameters()) * self.dtype.itemsize)
+        within = {id(t) for layer in layers for t in (*layer.module.parameters(), *layer.module.buffers())}
         try:
+            if where == "disk":
+                cast(model, self.dtype, without=within)
+            else:
+                cast(model, self.dtype)
             if where == "none":
-                cast(model, self.dtype, self.device)
+                model.to(self.device)
                 return Placement(layers)
-            within = {id(t) for layer in layers for t in (*layer.module.parameters(), *layer.module.buffers())}
-            cast(model, self.dtype, self.device, without=within)
+            _move(model, self.device, without=within)
             if where == "gpus":
                 devices = self._spread(layers)
                 for layer, device in zip(layers, devices, strict=True):
-                    cast(layer.module, self.dtype, device)
+                    layer.module.to(device)
                 return Placement(layers, devices, main=self.device)
             for layer in layers:
-                _keep_on_host(layer, self.dtype, self.device, where)
+                _keep_on_host(layer, self.device, where)
         except torch.cuda.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"--cuda: the model does not fit on the GPU ({reason}); try --offload cpu") from error
@@ -189,35 +194,35 @@ class Resources:
         return [gpus[sum((index + 0.5) / len(layers) > share for share in filled)] for index in range(len(layers))]
 
 
-def cast(
-    module: nn.Module, dtype: torch.dtype, device: torch.device | None = None, without: set[int] = frozenset()
-) -> nn.Module:
-    """Bring weights to `dtype` and `device`, in place, as `from_pretrained(dtype=...)` does.
+def cast(model: nn.Module, dtype: torch.dtype, without: set[int] = frozenset()) -> nn.Module:
+    """Bring a model's weights to `dtype`, in place, as if it had been loaded with `from_pretrained(dtype=...)`.
 
-    Buffers that are no part of a checkpoint keep their dtype: `module.to(dtype)` would round the frequencies of rotary
-    embeddings to bfloat16. `without`: ids of tensors to leave alone.
+    `model.to(dtype)` would also round what a model computes when it is built, like the frequencies of rotary
+    embeddings; here such buffers get the dtype that their family gives them. `without`: ids of tensors left alone.
     """
-    for part in module.modules():
-        for name, held in (*part._parameters.items(), *part._buffers.items()):
-            if held is None or id(held) in without:
-                continue
-            saved = name not in part._non_persistent_buffers_set and held.is_floating_point()
-            held.data = held.data.to(device or held.device, dtype if saved else held.dtype)
-    return module
+    with torch.device("meta"):
+        skeleton = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    buffers = {name: buffer.dtype for name, buffer in skeleton.named_buffers()}
+    for name, held in (*model.named_parameters(), *model.named_buffers()):
+        if id(held) not in without and held.is_floating_point():
+            held.data = held.data.to(buffers.get(name, dtype))
+    return model
 
 
-def _keep_on_host(layer: Layer, dtype: torch.dtype, device: torch.device, where: str) -> None:
-    """Buffers go to the device; weights into the CPU's memory in `dtype`, or stay in, or go to, files."""
-    for part in layer.module.modules():
-        for buffer in part._buffers.values():
-            if buffer is not None:
-                buffer.data = buffer.data.to(device)
+def _move(model: nn.Module, device: torch.device, without: set[int]) -> None:
+    for held in (*model.parameters(), *model.buffers()):
+        if id(held) not in without:
+            held.data = held.data.to(device)
+
+
+def _keep_on_host(layer: Layer, device: torch.device, where: str) -> None:
+    """Buffers go to the device; weights into the CPU's memory, or they stay in, or go to, files."""
+    for buffer in layer.module.buffers():
+        buffer.data = buffer.data.to(device)
     parameters = dict(layer.module.named_parameters())
     if where == "cpu":
-        for parameter in parameters.values():
-            parameter.data = parameter.data.to("cpu", dtype)
-            if device.type == "cuda":
-                parameter.data = parameter.data.pin_memory()
+        for parameter in parameters.values() if device.type == "cuda" else ():
+            parameter.data = parameter.data.pin_memory()
     elif not all(map(is_mapped, parameters.values())):
         for name, weight in _in_a_file(parameters).items():
             parameters[name].data = weight
