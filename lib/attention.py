@@ -1,6 +1,7 @@
-"""Causal attention in blocks, for scoring in bfloat16 on a CPU.
+"""Causal attention in blocks, for scoring on a CPU.
 
-PyTorch's fused attention for CPUs multiplies in float32 inside; matrix products of blocks use the CPU's bfloat16 units.
+PyTorch's fused attention for CPUs computes everything again on the way back and multiplies in float32 even where the
+CPU has units for bfloat16. Here the probabilities of the past are kept, and blocks are multiplied as they are.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "afr_blockwise"
 BLOCK = 128  # queries at once; 64 and 256 are slower
-LONGEST = 4096  # tokens; the probabilities of longer samples would not fit into the caches, nor into little memory
+# Tokens of a sample; with more the probabilities leave the caches, and the fused kernel is as fast.
+LONGEST = {torch.bfloat16: 4096, torch.float32: 1024}
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def scoring_attention(model: nn.Module) -> Iterator[None]:
     """Within this context attention that is causal and nothing else goes in blocks, where that is faster."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     fused = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
-    if not (model.device.type == "cpu" and model.dtype == torch.bfloat16):
+    if model.device.type != "cpu":
         fused = []
     try:
         for config in fused:
@@ -36,12 +38,13 @@ def scoring_attention(model: nn.Module) -> Iterator[None]:
 def blockwise_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """Transformers' interface: `[batch, heads, tokens, head size]` -> `([batch, tokens, heads, head size], None)`.
 
-    Anything but plain causal attention of at most `LONGEST` tokens is left to the fused kernel.
+    Anything but plain causal attention of at most LONGEST tokens is left to the fused kernel.
     """
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     tokens, plain = query.shape[2], attention_mask is None and not dropout and kwargs.get("position_bias") is None
-    if not (plain and causal and 1 < tokens == key.shape[2] and tokens <= LONGEST and key.shape[-1] == value.shape[-1]):
+    short = 1 < tokens == key.shape[2] and tokens <= LONGEST.get(query.dtype, 0)
+    if not (plain and causal and short and key.shape[-1] == value.shape[-1]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return causal_attention(query, key, value, scaling).transpose(1, 2).contiguous(), None

@@ -18,8 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
 
-from lib.errors import UserError
 from lib.devices import checked_dtype, placement, spread_over_gpus
+from lib.errors import UserError
 
 try:
     # This import also fills lm-eval's registry with the built-in models; to register ours first would hide them.

@@ -58,12 +58,12 @@ TRIM = 0.02  # share of a neuron's values dropped at each end
 
 def trimmed_mean(saliencies: list[Tensor]) -> Tensor:
     """`|mean|` of each row of `M = Q_down^T + Q_up + Q_gate` without its lowest and highest 2%."""
-    return trimmed_moments(sum(saliencies))[0].abs()
+    return trimmed_moments(added(saliencies))[0].abs()
 
 
 def snr(saliencies: list[Tensor]) -> Tensor:
     """`|mean| / (std + 1e-8)` of each trimmed row of M: signal to noise."""
-    mean, std = trimmed_moments(sum(saliencies), with_std=True)
+    mean, std = trimmed_moments(added(saliencies), with_std=True)
     return mean.abs() / (std + 1e-8)
 
 
@@ -77,13 +77,23 @@ def each_weight(saliencies: list[Tensor]) -> Tensor:
     return torch.stack(saliencies).abs_()
 
 
+def added(saliencies: list[Tensor]) -> Tensor:
+    """`M = Q_down^T + Q_up + Q_gate`, in the memory of the first."""
+    total, *others = saliencies
+    for saliency in others:
+        total.add_(saliency)
+    return total
+
+
 def trimmed_moments(rows: Tensor, with_std: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Mean, and standard deviation, of each row `[d_ff, d]` without its lowest and highest 2%."""
+    """Mean, and standard deviation, of each row `[d_ff, d]` without its lowest and highest 2%. May reorder the rows."""
     drop = int(TRIM * rows.shape[-1])
     if rows.is_cuda:
         return moments_by_selection(rows, drop, with_std)
     # NumPy sorts rows with vector instructions: faster on a CPU than any selection of torch.
-    middle = torch.from_numpy(np.sort(rows.numpy(), -1))[..., drop : rows.shape[-1] - drop]
+    rows = rows.contiguous()
+    rows.numpy().sort(-1)
+    middle = rows[..., drop : rows.shape[-1] - drop]
     return middle.mean(-1), middle.std(-1) if with_std else None
 
 

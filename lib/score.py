@@ -42,8 +42,13 @@ LOGITS_AT_ONCE = 2**26
 # float16 loses gradients below 6e-8; a power of two shifts the cross-entropy's into its range.
 FLOAT16_LOSS_SCALE = 2.0**12
 
+# Elements of a projection's saliencies that are reduced at once: on a CPU they should stay in its caches.
+AT_ONCE_IN_CACHE = 2**17
+AT_ONCE_ON_GPU = 2**26
+
 Reduce = Callable[[list[Tensor]], Tensor]
-"""Saliencies Q of one layer, one `[d_ff, d]` per projection -> what the method sums over the samples."""
+"""Saliencies Q of some neurons of a layer, one `[neurons, d]` per projection -> what the method sums over the samples,
+`[neurons]` or `[projections, neurons, d]`. Each neuron is reduced by itself. What is given may be overwritten."""
 
 
 @dataclass
@@ -155,9 +160,10 @@ def _zeros(layer: Layer, objectives: Sequence[str], reduce: Reduce) -> dict[str,
 
 def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) -> dict[str, Tensor]:
     """Pull every batch's cotangents through one layer, in place, and return the layer's sums."""
-    sums = _zeros(layer, cotangents, reduce) if not batches else {}
+    sums = {objective: total.to(device) for objective, total in _zeros(layer, cotangents, reduce).items()}
     weights = [p.weight.float() for p in layer.block.projections] if layer.block else []
-    scale = FLOAT16_LOSS_SCALE if next(layer.module.parameters()).dtype == torch.float16 else 1.0
+    dtype = next(layer.module.parameters()).dtype
+    scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
     for number, batch in enumerate(batches):
         hidden = tape.input(index, number).to(device, non_blocking=True).requires_grad_()
         tape.hidden.drop(("input", index, number))
@@ -176,31 +182,37 @@ def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) ->
             into, *left_grads = torch.autograd.grad(roots, [hidden, *outputs], grads, retain_graph=True)
             pulled[number] = into.to("cpu")
             per_sample = objective == CROSS_ENTROPY
-            for q in _saliencies(layer.block, weights, entered, left_grads, len(batch) if per_sample else 1):
-                part = reduce([x / scale for x in q] if per_sample and scale != 1 else q)
-                sums[objective] = sums[objective].add_(part) if objective in sums else part
+            groups = len(batch) if per_sample else 1
+            for gradients in _gradients(layer.block, entered, left_grads, groups) if layer.block else ():
+                _reduce(weights, gradients, reduce, sums[objective], 1 / scale if per_sample else 1)
         bar.update()
     for objective, total in sums.items():
         if not total.isfinite().all():
-            raise UserError(f"{layer.name}: the {objective} saliency is not finite; {other_dtype(weights[0].dtype)}")
+            raise UserError(f"{layer.name}: the {objective} saliency is not finite; {other_dtype(dtype)}")
     return {objective: total.cpu() for objective, total in sums.items()}
 
 
-def _saliencies(block: Block | None, weights, entered, left_grads, groups: int) -> Iterator[list[Tensor]]:
-    """Q of every projection, `[d_ff, d]` each: for the batch as a whole, or for one of its `groups` after another."""
-    if block is None:
-        return
+def _gradients(block: Block, entered, left_grads, groups: int) -> Iterator[list[Tensor]]:
+    """dL/dW of every projection, `[d_ff, d]`: for the batch as a whole, or for one of its `groups` after another."""
     # Some families (OPT) flatten batch and tokens before their MLP, hence the reshape: [groups, tokens, features].
     by_module = {
         id(module): (x.reshape(groups, -1, x.shape[-1]), g.reshape(groups, -1, g.shape[-1]))
-        for module, x, g in zip(block.modules, entered, left_grads)
+        for module, x, g in zip(block.modules, entered, left_grads, strict=True)
     }
     for group in range(groups):
-        saliencies = []
-        for projection, weight in zip(block.projections, weights, strict=True):
-            x, g = by_module[id(projection.module)]
-            saliencies.append(weight * projection.gradient(x[group], g[group]))
-        yield saliencies
+        yield [p.gradient(*(side[group] for side in by_module[id(p.module)])) for p in block.projections]
+
+
+def _reduce(weights: list[Tensor], gradients: list[Tensor], reduce: Reduce, total: Tensor, scale: float) -> None:
+    """Add `reduce(Q)` to `total`, `Q = scale * W * dL/dW`, for as many neurons at a time as stay in the cache."""
+    width, features = weights[0].shape
+    rows = max((AT_ONCE_ON_GPU if total.is_cuda else AT_ONCE_IN_CACHE) // features, 1)
+    by_neuron = total if total.ndim == 1 else total.transpose(0, 1)
+    for start in range(0, width, rows):
+        some = slice(start, min(start + rows, width))
+        q = [weight[some] * gradient[some] for weight, gradient in zip(weights, gradients, strict=True)]
+        part = reduce(q if scale == 1 else [x.mul_(scale) for x in q])
+        by_neuron[some] += part if part.ndim == 1 else part.transpose(0, 1)
 
 
 # --- the objectives ---------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
 from lib import llava
 from lib.checkpoint import check_folder, load_bin, load_folder
-from lib.errors import UserError
 from lib.devices import checked_dtype, placement, spread_over_gpus
+from lib.errors import UserError
 
 # lmms-eval's own for its models of this kind.
 DEFAULTS = {"max_new_tokens": 1024, "num_beams": 1, "temperature": 0}
