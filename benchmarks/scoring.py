@@ -369,8 +369,8 @@ def print_cost(args, found: dict) -> None:
     achieved = found["flop"] * args.seqlen / found["seconds"]
     print(f"- {found['seconds']:.3f} s a sample, {args.seqlen / found['seconds']:.0f} tokens/s")
     print(
-        f"- arithmetic: {found['flop'] / 1e9:.2f} GFLOP a token (P {found['P'] / 1e6:.0f} M, M {found['M'] / 1e6:.0f} M,"
-        f" H {found['H'] / 1e6:.0f} M), {found['flop'] * args.seqlen / 1e9:.0f} GFLOP a sample"
+        f"- arithmetic: {found['flop'] / 1e9:.2f} GFLOP a token (P {found['P'] / 1e6:.0f} M, "
+        f"M {found['M'] / 1e6:.0f} M, H {found['H'] / 1e6:.0f} M), {found['flop'] * args.seqlen / 1e9:.0f} GFLOP a sample"
     )
     print(
         f"- achieved {achieved / 1e9:.0f} GFLOP/s; matrix products alone at these shapes {found['rate'] / 1e9:.0f} "
@@ -380,7 +380,7 @@ def print_cost(args, found: dict) -> None:
     count = found["hidden"] + found["layer"] + 4 * 4 * found["mlp"]
     print(
         f"- peak memory {found['peak'] / GIB:.2f} GiB; beyond the weights {found['beyond'] / GIB:.2f} GiB; count: "
-        f"hidden states {found['hidden'] / GIB:.2f}, one layer's MLP in float32, four times {16 * found['mlp'] / GIB:.2f} "
+        f"hidden states {found['hidden'] / GIB:.2f}, one MLP in float32, four times {16 * found['mlp'] / GIB:.2f} "
         f"({count / GIB:.2f} with its weights)\n",
         flush=True,
     )
