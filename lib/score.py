@@ -154,8 +154,9 @@ def _add(pulled: dict[str, list], arriving: dict[str, list[Tensor]]) -> None:
 def _zeros(layer: Layer, objectives: Sequence[str], reduce: Reduce) -> dict[str, Tensor]:
     if layer.block is None:
         return {}
-    nothing = [torch.zeros(p.weight.shape) for p in layer.block.projections]
-    return {objective: reduce(nothing) for objective in objectives}
+    one = reduce([torch.zeros(1, p.weight.shape[1]) for p in layer.block.projections])  # what a single neuron gives
+    shape = (layer.block.width,) if one.ndim == 1 else (len(one), layer.block.width, *one.shape[2:])
+    return {objective: torch.zeros(shape) for objective in objectives}
 
 
 def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) -> dict[str, Tensor]:
