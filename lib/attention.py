@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "afr_blockwise"
+FUSED, NAME = "sdpa", "afr_blockwise"
 BLOCK = 128  # queries at once; 64 and 256 are slower
 # Tokens of a sample; with more the probabilities leave the caches, and the fused kernel is as fast.
 LONGEST = {torch.bfloat16: 4096, torch.float32: 1024}
@@ -22,17 +22,29 @@ LONGEST = {torch.bfloat16: 4096, torch.float32: 1024}
 @contextmanager
 def scoring_attention(model: nn.Module) -> Iterator[None]:
     """Within this context attention that is causal and nothing else goes in blocks, where that is faster."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    fused = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
-    if model.device.type != "cpu":
-        fused = []
+    with _swapped(model, FUSED, NAME if model.device.type == "cpu" else FUSED):
+        yield
+
+
+@contextmanager
+def own_attention(model: nn.Module) -> Iterator[None]:
+    """Within this context attention is the model's own again."""
+    with _swapped(model, NAME, FUSED):
+        yield
+
+
+@contextmanager
+def _swapped(model: nn.Module, old: str, new: str) -> Iterator[None]:
+    """Other implementations only for models that choose them by name: others would take the new one for none."""
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m._supports_attention_backend]
+    configs = [c for c in {id(p.config): p.config for p in parts}.values() if c._attn_implementation == old]
     try:
-        for config in fused:
-            config._attn_implementation = NAME
+        for config in configs:
+            config._attn_implementation = new
         yield
     finally:
-        for config in fused:
-            config._attn_implementation = "sdpa"
+        for config in configs:
+            config._attn_implementation = old
 
 
 def blockwise_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):

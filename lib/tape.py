@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lib.attention import own_attention
 from lib.errors import UserError
 from lib.mlp import Layer
 from lib.offload import Placement, moved
@@ -294,7 +295,7 @@ def _refuse_other_computation(model, layers, tower: range, batch: Batch, tape: T
 
     handle = layers[tower.stop - 1].module.register_forward_hook(stop)
     try:
-        with placement.running():
+        with placement.running(), own_attention(model):
             model(**batch.to(placement.main).inputs, use_cache=False)
     except _LayerDone:
         pass
