@@ -67,7 +67,7 @@ def run(argv: list[str] | None) -> None:
         measure("dense", loaded, record)
     key = score_key(args, loaded, record.data, method)
     shapes = prune.sum_shapes(loaded.layers, method)
-    with sums.open_scores(args.scores, key, shapes, method.structured) as kept:
+    with sums.open_scores(args.scores, key, shapes) as kept:
         found = None
         if not method.structured or any(ratios):  # else there is nothing to choose, so nothing to score
             record.scores(args.scores, kept.is_complete)
@@ -98,7 +98,8 @@ def select(args, loaded, sums, method, ratio):
 
     if sums is None:
         return prune.everything(loaded.layers)
-    return prune.select(loaded.layers, sums, method, ratio, args.global_pruning, args.neuron_score, args.align)
+    return prune.select(loaded.layers, sums, method, ratio, args.global_pruning, args.neuron_score, args.align,
+                        args.seed)  # fmt: skip
 
 
 def held_out(args, calibration, loaded, record):
@@ -122,7 +123,7 @@ def score_key(args, loaded, data_facts: dict, method) -> dict:
     return {
         "model": args.model,
         "dtype": str(dtype).removeprefix("torch."),
-        "neuron_score": args.neuron_score if method.structured else "none, single weights",
+        "neuron_score": method.reduction_name(args.neuron_score),
         "batch_size": args.batch_size,
         "towers": args.towers,
         "seed": args.seed,

@@ -251,6 +251,8 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < minimum:
             raise UserError(f"--{name} {value}: must be at least {minimum}")
     _check_sight(args)
+    if args.scores and not METHODS[args.prune_method].summed:
+        raise UserError(f"--scores {args.scores}: {args.prune_method} takes no calibration; leave it out")
     if not METHODS[args.prune_method].structured and args.align != 1:
         raise UserError(f"--align {args.align}: {args.prune_method} removes single weights and no widths; leave it out")
 
