@@ -1,12 +1,16 @@
 """The refit against plain least squares, what it does to a layer's output, and that it survives saving."""
 
 import copy
+import json
 
 import pytest
 import torch
+from conftest import sentences
 from families import FAMILIES, build
+from safetensors.torch import load_file
 from test_llava_score import batches as llava_batches
 from test_llava_score import tiny_llava
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib import checkpoint, compensate
 from lib.compensate import Gram
@@ -391,3 +395,122 @@ def test_a_compensated_model_is_saved_and_loaded_back(family, kind, differing, t
     loaded = checkpoint.load_folder(tmp_path)
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learned(tiny_model, tmp_path_factory):
+    """A tiny model that was trained for a moment on sentences, so that its neurons do something worth keeping."""
+    folder = tmp_path_factory.mktemp("learned") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).train()
+    ids = torch.tensor([i for line in sentences(400) for i in tokenizer(line)["input_ids"]])
+    ids = ids[: len(ids) // 24 * 24].view(-1, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(60):
+        rows = ids[torch.randint(len(ids), (16,), generator=torch.Generator().manual_seed(step))]
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pruned(run_cli, learned, data_dir, tmp_path):
+    """`pruned(*flags, to=...)` -> the report of a run that saved a result, and what was printed."""
+
+    def run(*flags, to="result"):
+        done = run_cli("--model", learned, "--data_dir", data_dir, "--nsamples", 24, "--seqlen", 24,
+                       "--pruning_ratio", 0.5, "--dtype", "float32", "--eval_ppl", "--eval_windows", 6,
+                       "--save_model", tmp_path / to, *flags)  # fmt: skip
+        assert done.code == 0, done.err
+        return json.loads((tmp_path / to / "pruning.json").read_text()), done.out
+
+    return run
+
+
+@pytest.mark.parametrize("across", [[], ["--global_pruning"]])
+def test_a_compensated_model_predicts_better_and_loads_back_in_both_forms(across, pruned, tmp_path):
+    flags = [*across, "--save_format", "both"]
+    plain, out = pruned(*flags, to="plain")
+    assert plain["compensation"] is None and "held-out" not in out
+    for kind in ("bias", "ridge", "auto"):
+        report, out = pruned(*flags, "--compensate", kind, to=kind)
+        assert report["verified"]
+        assert report["widths"] == plain["widths"]
+        assert report["arguments"]["compensate"] == kind and report["seconds"]["compensate"] > 0
+        found = report["compensation"]
+        assert len(found["kind"]) == 3 and "held-out" in out
+        if kind != "bias":
+            assert report["perplexity"]["pruned"] < plain["perplexity"]["pruned"]
+        if kind == "auto":
+            assert all(a <= b * (1 + 1e-6) for a, b in zip(found["error_after"], found["error_before"]))
+        assert ("bias" in found["kind"]) == (kind == "bias")
+        folder, bin_form = checkpoint.load_folder(tmp_path / kind), checkpoint.load_bin(tmp_path / kind)[0]
+        ids = torch.randint(3, 60, (2, 9))
+        torch.testing.assert_close(folder(ids).logits, bin_form(ids).logits)
+        assert (folder.model.layers[0].mlp.down_proj.bias is not None) == (kind == "bias")
+
+
+@pytest.mark.parametrize("kind", ["ridge", "bias"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_an_offloaded_run_saves_what_a_resident_one_saves(kind, dtype, own, run_cli, tiny_model, data_dir, tmp_path):
+    saved = []
+    for where in ("none", "disk"):
+        done = run_cli("--model", tiny_model("llama", own), "--data_dir", data_dir, "--nsamples", 8, "--seqlen", 24,
+                       "--pruning_ratio", 0.25, "--dtype", dtype, "--compensate", kind, "--offload", where,
+                       "--save_model", tmp_path / where)  # fmt: skip
+        assert done.code == 0, done.err
+        saved.append(load_file(tmp_path / where / "model.safetensors"))
+    tolerance = 0 if dtype == "auto" or own == torch.float32 else 1e-2  # what lies on disk is rounded to its dtype
+    for name, value in saved[0].items():
+        assert value.dtype == saved[1][name].dtype
+        torch.testing.assert_close(saved[1][name], value, rtol=tolerance, atol=tolerance)
+
+
+def test_a_model_scored_in_another_dtype_keeps_the_checkpoint_s_own_values(run_cli, tiny_model, data_dir, tmp_path,
+                                                                            monkeypatch):  # fmt: skip
+    monkeypatch.setattr("lib.builder.scoring_dtype", lambda device: torch.bfloat16)
+    done = run_cli("--model", tiny_model("llama"), "--data_dir", data_dir, "--nsamples", 8, "--seqlen", 24,
+                   "--pruning_ratio", 0.25, "--compensate", "bias", "--save_model", tmp_path / "result")  # fmt: skip
+    assert done.code == 0, done.err
+    saved = load_file(tmp_path / "result" / "model.safetensors")
+    dense = load_file(tiny_model("llama") / "model.safetensors")
+    kept = load_file(tmp_path / "result" / "kept_neurons.safetensors")
+    for name, indices in kept.items():
+        assert torch.equal(saved[f"{name}.down_proj.weight"], dense[f"{name}.down_proj.weight"][:, indices])
+        assert saved[f"{name}.down_proj.bias"].any() and not saved[f"{name}.up_proj.bias"].any()
+
+
+def test_a_sweep_compensates_every_ratio_as_a_single_run_does(run_cli, learned, data_dir, tmp_path):
+    flags = ["--model", learned, "--data_dir", data_dir, "--nsamples", 8, "--seqlen", 24, "--compensate", "auto"]
+    sweep = run_cli(*flags, "--pruning_ratio", "0,0.5,0.25", "--save_model", tmp_path / "sweep")
+    assert sweep.code == 0, sweep.err
+    assert sweep.out.count("compensated") == 2  # at ratio 0 there is nothing to make up for
+    for ratio in ("0.5", "0.25"):
+        assert run_cli(*flags, "--pruning_ratio", ratio, "--save_model", tmp_path / ratio).code == 0
+        saved, wanted = (load_file(tmp_path / at / "model.safetensors") for at in (f"sweep/{ratio}", ratio))
+        assert all(torch.equal(value, wanted[name]) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("flags, saying", [
+    (["--prune_method", "wanda", "--compensate", "ridge"], "wanda removes single weights"),
+    (["--compensate", "auto", "--nsamples", 1], "--nsamples"),
+    (["--compensate", "much"], "--compensate"),
+])  # fmt: skip
+def test_what_cannot_be_compensated_is_one_line(flags, saying, run_cli, tiny_model):
+    done = run_cli("--model", tiny_model("llama"), "--pruning_ratio", 0.5, *flags)
+    assert done.code == 2 and done.err.count("\n") == 1 and "--compensate" in done.err and saying in done.err
+
+
+def test_biases_that_a_family_cannot_have_are_refused_before_anything_is_scored(run_cli, tiny_model, data_dir,
+                                                                                 monkeypatch):  # fmt: skip
+    monkeypatch.setattr("lib.prune.saliency_sums", None)
+    done = run_cli("--model", tiny_model("qwen2"), "--data_dir", data_dir, "--pruning_ratio", 0.5, "--compensate",
+                   "bias")  # fmt: skip
+    assert done.code == 2 and done.err.count("\n") == 1 and "'qwen2'" in done.err and "ridge" in done.err
