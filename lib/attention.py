@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -22,7 +22,9 @@ LONGEST = {torch.bfloat16: 4096, torch.float32: 1024}
 @contextmanager
 def scoring_attention(model: nn.Module) -> Iterator[None]:
     """Within this context attention that is causal and nothing else goes in blocks, where that is faster."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    # Some families (Falcon) read the name themselves, and would take another for attention that is not causal.
+    asking = (m for m in model.modules() if isinstance(m, PreTrainedModel) and m._supports_attention_backend)
+    configs = {id(m.config): m.config for m in asking}.values()
     fused = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
     if model.device.type != "cpu":
         fused = []
