@@ -121,7 +121,8 @@ def _add_method(group):
         choices=list(NEURON_SCORES),
         default="trimmed_mean",
         help="structured methods: how a neuron's weight saliencies become one number. trimmed_mean is "
-        "the method's own; abs_sum often does better at low ratios",
+        "the method's own; abs_sum often does better at low ratios; token_fisher adds up the squared slopes of single "
+        "tokens in A_CE, and takes A_FO by abs_sum",
     )
     group.add_argument(
         "--towers",
@@ -142,8 +143,8 @@ def _add_method(group):
         default="none",
         help="structured methods: hand what was removed to what stays. bias: its mean goes into the bias (as in FLAP; "
         "for families that have one); ridge: output projections are refitted to the calibration data, layer by layer; "
-        "auto: per layer what does best on held-out samples, never worse there than none; takes about as long as "
-        "scoring, and pays most at high ratios",
+        "auto: per layer what does best on held-out samples, never worse there than none; costs three passes "
+        "over the layers without gradients, and pays most at high ratios",
     )
 
 

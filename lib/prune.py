@@ -78,7 +78,19 @@ def moments_by_selection(rows: Tensor, drop: int, with_std: bool) -> tuple[Tenso
     return mean, ((squares[0] - squares[1]).clamp_min(0) / (left - 1)).sqrt()
 
 
+def token_fisher(activations: Tensor, left_grad: Tensor, weight: Tensor) -> Tensor:
+    """`sum_t (h_j dL/dh_j)^2` of every neuron, `[d_ff]`, float32: twice what its removal costs, to second order.
+
+    `activations` `[tokens, d_ff]` enter the output projection `weight` `[d_ff, d]`, `left_grad` `[tokens, d]` is dL/d
+    of what leaves it. With a gate on the neuron's output, `h_j dL/dh_j` is a token's slope along it, and the sum the
+    empirical Fisher information (Theis et al. 2018; Molchanov et al. 2019).
+    """
+    return (activations.float() * (left_grad @ weight.t().to(left_grad.dtype)).float()).square().sum(0)
+
+
 NEURON_SCORES = {function.__name__: function for function in (trimmed_mean, snr, abs_sum)}
+NEURON_SCORES[token_fisher.__name__] = abs_sum  # of the first-order objective, which has no loss per token
+OF_TOKENS = {token_fisher.__name__: {CROSS_ENTROPY: token_fisher}}
 
 
 # --- the formulas: sums over the samples -> scores --------------------------------------------------
@@ -102,6 +114,14 @@ def afr(fo: ModelVector, ce: ModelVector) -> ModelVector:
 def afr_squared(fo: ModelVector, ce: ModelVector) -> ModelVector:
     """Both, each standardised over all neurons, the cross-entropy's trimmed means squared first."""
     return z(fo) + z(ce**2)
+
+
+def afr_root(fo: ModelVector, ce: ModelVector) -> ModelVector:
+    """Both, each standardised over all neurons, of the cross-entropy's squared slopes the root first."""
+    return z(fo) + z(ce**0.5)
+
+
+OWN_FORMULAS = {"trimmed_mean": afr_squared, "token_fisher": afr_root}
 
 
 @dataclass(frozen=True)
@@ -152,14 +172,14 @@ BOTH = (FIRST_ORDER, CROSS_ENTROPY)
 METHODS = {
     method.name: method
     for method in (
-        Method("structured_afr", True, BOTH, afr, "neurons by z(A_FO) + z(A_CE^2)", {"trimmed_mean": afr_squared}),
+        Method("structured_afr", True, BOTH, afr, "neurons by z(A_FO) + z(A_CE^2)", OWN_FORMULAS),
         Method(
             "structured_afr_llava",
             True,
             BOTH,
             afr,
             "structured_afr for LLaVA, on the language and on the vision tower",
-            {"trimmed_mean": afr_squared},
+            OWN_FORMULAS,
             sees=True,
         ),
         Method("structured_snip", True, (CROSS_ENTROPY,), snip, "neurons by A_CE"),
@@ -317,7 +337,8 @@ def score(
         if method.by_gradients:
             walk = kept.earlier(len(own)) or Walk.start(len(layers), len(own), method.summed)
             reduction = method.reduction(neuron_score)
-            walking = saliency_sums(model, layers, own, method.summed, reduction, placement, hidden, walk)
+            of_tokens = OF_TOKENS.get(method.reduction_name(neuron_score))
+            walking = saliency_sums(model, layers, own, method.summed, reduction, placement, hidden, walk, of_tokens)
             for index, sums in walking:
                 parallel.add_up(sums[objective] for objective in method.summed)
                 kept.put({tensor_name(names[index], objective): value for objective, value in sums.items()}, walk)
