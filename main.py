@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     except KeyboardInterrupt:
         if speaks:
-            print("interrupted: nothing was saved", file=sys.stderr)
+            print("interrupted: nothing was left half-written", file=sys.stderr)
         return 130
 
 
@@ -56,6 +56,8 @@ def run(argv: list[str] | None) -> None:
         windows = steps.held_out(args, calibration, loaded, record) if args.eval_ppl else None
 
     def measure(of, loaded, record):
+        if not (args.eval_ppl or args.eval_speed):
+            return
         with record.phase("evaluate"), loaded.placement.running():
             if args.eval_ppl:
                 record.perplexity[of] = evaluate.perplexity(loaded.model, windows, f"perplexity, {of}")
@@ -64,11 +66,12 @@ def run(argv: list[str] | None) -> None:
 
     if parallel.is_main():
         measure("dense", loaded, record)
-    key = steps.score_key(args, loaded, record.data, method)
     shapes = prune.sum_shapes(loaded.layers, method)
-    with sums.open_scores(args.scores, key, shapes) as kept:
+    nothing_to_choose = method.structured and not any(ratios)
+    key, path = steps.score_key(args, loaded, record.data, method), None if nothing_to_choose else args.scores
+    with sums.open_scores(path, key, shapes) as kept:
         found = None
-        if not method.structured or any(ratios):  # else there is nothing to choose, so nothing to score
+        if not nothing_to_choose:
             record.scores(args.scores, kept.is_complete)
             with record.phase("score"), memory.peak_memory(loaded.placement.main, record.peak_bytes, "scoring"):
                 batches = tape.collate(samples, args.batch_size)

@@ -17,7 +17,6 @@ SEED="${SEED:-0}"
 if nvidia-smi -L >/dev/null 2>&1; then
     ensure_environment requirements.txt
     MODEL="${MODEL:-meta-llama/Meta-Llama-3-8B}"
-    DATASET="${DATASET:-wikitext2}"
     NSAMPLES="${NSAMPLES:-128}"
     DEVICE_FLAGS="--cuda"
 else
@@ -36,7 +35,6 @@ The real thing, on a machine with a GPU: bash start.sh
 Another model here: MODEL=some/model DATASET=wikitext2 bash start.sh
 EOF
     fi
-    DATASET="${DATASET:-wikitext2}"
     NSAMPLES="${NSAMPLES:-128}"
     DEVICE_FLAGS=""
 fi
@@ -50,5 +48,5 @@ fi
 
 # shellcheck disable=SC2086  # the flag lists are split into words on purpose
 exec "$VENV/bin/python" main.py --model "$MODEL" --prune_method "$METHOD" --pruning_ratio "$RATIO" \
-    --nsamples "$NSAMPLES" --seed "$SEED" --dataset "$DATASET" ${SEQLEN:+--seqlen "$SEQLEN"} \
+    --nsamples "$NSAMPLES" --seed "$SEED" ${DATASET:+--dataset "$DATASET"} ${SEQLEN:+--seqlen "$SEQLEN"} \
     $DEVICE_FLAGS ${EVALUATE:-} --save_model "$SAVE" "$@"

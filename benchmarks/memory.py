@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         prune.score(model, layers, batches, prune.METHODS["structured_afr"], "trimmed_mean", InMemory())
     size = torch.finfo(model.dtype).bits // 8
     layer = sum(p.numel() for p in layers[0].module.parameters()) * size
-    hidden = (len(layers) + 2) * args.nsamples * args.seqlen * args.hidden_size * size
+    hidden = (len(layers) + 1) * args.nsamples * args.seqlen * args.hidden_size * size
     return {
         "peak": peaks["scoring"] / MIB,
         "model": sum(p.numel() for p in model.parameters()) * size / MIB,

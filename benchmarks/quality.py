@@ -8,15 +8,15 @@ Each kind of sum (per neuron, per weight) is computed once and serves all method
 import argparse
 import copy
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib import builder, data, evaluate, prune, score  # noqa: E402
+from lib import builder, data, evaluate, prune, tape  # noqa: E402
 from lib.mlp import find_layers  # noqa: E402
+from lib.sums import open_scores  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
@@ -38,11 +38,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def all_sums(loaded, samples, structured: bool, neuron_score: str, folder: str) -> dict:
+def all_sums(loaded, samples, structured: bool, neuron_score: str, kept) -> dict:
     """Both objectives' sums of one kind, with which every method of that kind is scored."""
-    layers = find_layers(loaded.model)
-    both = next(m for m in prune.METHODS.values() if m.structured == structured and len(m.objectives) == 2)
-    return prune.sum_saliencies(loaded.model, layers, score.collate(samples, 1), both, neuron_score, folder)
+    batches = tape.collate(samples, 1)
+    return prune.score(
+        loaded.model, loaded.layers, batches, scoring_method(structured), neuron_score, kept, loaded.placement
+    )
+
+
+def scoring_method(structured: bool) -> prune.Method:
+    """A method of this kind that needs both objectives."""
+    return next(m for m in prune.METHODS.values() if m.structured == structured and len(m.objectives) == 2)
 
 
 def pruned_perplexity(model, scores, structured: bool, ratio: float, across: bool, windows) -> tuple[float, float]:
@@ -97,8 +103,9 @@ def print_table(args, loaded, samples, windows, structured: bool, ratios: list[f
     """One Markdown table: a row per method of this kind, a column per ratio and scope."""
     columns = [(ratio, across) for ratio in ratios for across in (False, True)]
     methods = [m for m in prune.METHODS.values() if m.structured == structured and not m.sees]
-    with tempfile.TemporaryDirectory() as folder:
-        sums = all_sums(loaded, samples, structured, args.neuron_score, folder)
+    shapes = prune.sum_shapes(loaded.layers, scoring_method(structured))
+    with open_scores(None, {}, shapes, structured) as kept:
+        sums = all_sums(loaded, samples, structured, args.neuron_score, kept)
         rows = {"random": random_scores(loaded.model, structured, args.seed)}
         rows |= {m.name: m.scores(sums, args.neuron_score) for m in methods}
         scope = ("per layer" if structured else "per matrix", "global")

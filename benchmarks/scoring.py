@@ -370,7 +370,8 @@ def print_cost(args, found: dict) -> None:
     print(f"- {found['seconds']:.3f} s a sample, {args.seqlen / found['seconds']:.0f} tokens/s")
     print(
         f"- arithmetic: {found['flop'] / 1e9:.2f} GFLOP a token (P {found['P'] / 1e6:.0f} M, "
-        f"M {found['M'] / 1e6:.0f} M, H {found['H'] / 1e6:.0f} M), {found['flop'] * args.seqlen / 1e9:.0f} GFLOP a sample"
+        f"M {found['M'] / 1e6:.0f} M, H {found['H'] / 1e6:.0f} M), "
+        f"{found['flop'] * args.seqlen / 1e9:.0f} GFLOP a sample"
     )
     print(
         f"- achieved {achieved / 1e9:.0f} GFLOP/s; matrix products alone at these shapes {found['rate'] / 1e9:.0f} "

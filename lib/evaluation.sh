@@ -25,7 +25,11 @@ evaluate() {
     found="$("$VENV/bin/python" -m lib.tasks arguments "$model" --harness "$harness" ${form:+--form "$form"} \
         --dtype "${DTYPE:-auto}" $([ "${TRUST:-0}" = 1 ] && echo --trust))"
     while IFS= read -r line; do loading+=("$line"); done <<<"$found"
-    [ "${PROCESSES:-1}" = 1 ] || launch=("$VENV/bin/accelerate" launch --num_processes "$PROCESSES")
+    if [ "${PROCESSES:-1}" != 1 ]; then
+        launch=("$VENV/bin/accelerate" launch --num_processes "$PROCESSES")
+        # On CPUs accelerate starts several processes only through MPI.
+        nvidia-smi -L >/dev/null 2>&1 || launch=(env ACCELERATE_USE_CPU=true "$VENV/bin/torchrun" --nproc_per_node "$PROCESSES")
+    fi
     (cd "$WORK" && "${launch[@]}" -m "$harness" "${loading[@]}" --tasks "$TASKS" --batch_size "$BATCH_SIZE" \
         ${LIMIT:+--limit "$LIMIT"} --output_path "$folder" "$@")
 }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, disable_progress_bars, load_from_disk
 
 from lib.errors import UserError
 
@@ -146,6 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", default="data_local", metavar="DIR", help="where the save_to_disk folders are")
     parser.add_argument("--out", required=True, metavar="W", help="working directory for lm-eval; made when missing")
     args = parser.parse_args(argv)
+    disable_progress_bars()  # hundreds of them, one a file
     try:
         found, missing = prepare(args.data_dir, args.out)
     except UserError as error:

@@ -113,7 +113,7 @@ def _add_method(group):
     group.add_argument(
         "--global_pruning",
         action="store_true",
-        help="one threshold across all layers, so that widths may differ by layer; best at high ratios. "
+        help="one threshold across all layers, so that widths may differ by layer; often better at high ratios. "
         "Without it every layer loses the same share",
     )
     group.add_argument(
@@ -167,7 +167,7 @@ def _add_calibration(group):
         type=int,
         default=128,
         metavar="N",
-        help="calibration samples; scoring time grows with it, scores settle at about 100",
+        help="calibration samples; scoring time grows with it",
     )
     group.add_argument(
         "--seqlen",
@@ -187,7 +187,7 @@ def _add_calibration(group):
         "--scores",
         metavar="FILE",
         help="keep what scoring accumulates: another ratio, --global_pruning, --align, or method with the same sums "
-        "then takes seconds, and a run that was killed goes on after the last layer it finished",
+        "then takes seconds, and a run that was killed goes on where it was",
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="which samples are drawn")
     group.add_argument(
@@ -242,7 +242,10 @@ def _ratios(text: str) -> float | list[float]:
         found = [float(part) for part in text.split(",")]
         return found if len(found) > 1 else found[0]
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number, nor several with commas between them") from error
+        raise UserError(
+            f"--pruning_ratio {text}: expected a number from 0 to 1, or several with commas between them "
+            "(see python main.py --help)"
+        ) from error
 
 
 def _check(args: argparse.Namespace) -> None:

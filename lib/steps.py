@@ -30,17 +30,16 @@ def held_out(args: argparse.Namespace, calibration, loaded: Loaded, record: Run)
 
 
 def score_key(args: argparse.Namespace, loaded: Loaded, data_facts: dict, method: prune.Method) -> dict:
-    """All that the sums depend on, what a person would notice first."""
+    """All that the sums depend on, first what a person would notice."""
     dtype = loaded.resources.dtype
     return {
-        "model": args.model,
         "dtype": str(dtype).removeprefix("torch."),
         "neuron_score": method.reduction_name(args.neuron_score),
         "batch_size": args.batch_size,
         "towers": args.towers,
         "seed": args.seed,
         **{f"calibration {name}": value for name, value in data_facts.items()},
-        "weights": builder.fingerprint(loaded.model, dtype),
+        "model's weights": builder.fingerprint(loaded.model, dtype),
     }
 
 

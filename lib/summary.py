@@ -11,16 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
+from lib import parallel
 from lib.builder import Loaded
 from lib.compensate import Fit
 from lib.data import token_ids
 from lib.evaluate import Size, Speed
+from lib.memory import GIB
 from lib.mlp import LANGUAGE
 from lib.prune import METHODS, Selection
 from lib.tape import Sample
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
-GIB = 2**30
 
 
 @dataclass
@@ -98,6 +99,7 @@ class Run:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
             "data": self.data,
             "dtypes": self.dtypes,
+            "processes": parallel.world(),
             "widths": {"dense": self.before.widths, "kept": self.after.widths},
             "towers": self.before.towers,
             "unused": self.unused,
@@ -153,9 +155,8 @@ class Run:
             was = "read, not computed again" if self.score_file["reused"] else "kept for the next run"
             rows.append(("scores", f"{self.score_file['path']}  ({was})"))
         rows.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())))
-        rows.append(
-            ("peak memory", ", ".join(f"{name} {value / GIB:.2f} GiB" for name, value in self.peak_bytes.items()))
-        )
+        if self.peak_bytes:
+            rows.append(("peak memory", ", ".join(f"{name} {_size(value)}" for name, value in self.peak_bytes.items())))
         rows.extend(self._where())
         width = max(len(name) for name, _ in rows)
         title = f"{self.args['prune_method']}  {self.args['model']}  ratio {self.args['pruning_ratio']}"
@@ -186,7 +187,7 @@ class Run:
         if not folder:
             return [("saved", "nothing; add --save_model DIR to keep the pruned model")]
         forms = {"hf": "Hugging Face folder", "bin": "model.bin"}
-        sizes = [f"{forms[form]} {size / GIB:.2f} GiB" for form, size in self.bytes_on_disk.items()]
+        sizes = [f"{forms[form]} {_size(size)}" for form, size in self.bytes_on_disk.items()]
         checked = "loaded back, same logits" if self.verified else "not verified"
         script = "lmms-eval.sh" if METHODS[self.args["prune_method"]].sees else "test.sh"
         return [
@@ -198,6 +199,10 @@ class Run:
 def _range(widths) -> str:
     low, high = min(widths), max(widths)
     return str(low) if low == high else f"{low} to {high}"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def _name(dtype) -> str:

@@ -79,6 +79,8 @@ class ScoreFile:
         self.is_complete = self.path.exists()
         self.bytes = sum(4 * math.prod(shape) for shape in shapes.values())
         self._written, self._took = 0.0, 0.0
+        if self.path.is_dir():
+            raise UserError(f"--scores {path}: is a folder; name a file in it")
         found = self.path if self.is_complete else self.partial
         if found.exists() and (self.is_complete or self.walk_path.exists()):
             self._refuse_other(found, shapes)

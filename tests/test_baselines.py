@@ -256,14 +256,18 @@ def test_a_sweep_prunes_the_dense_model_by_magnitude_every_time(run_cli, command
     assert all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def test_two_processes_keep_the_same_neurons(run_cli, command, tmp_path):
-    flags = [*map(str, command), "--prune_method", "structured_flap", "--nsamples", "3", "--save_model"]
+@pytest.mark.parametrize("n", [1, 3])
+def test_two_processes_keep_the_same_neurons(n, run_cli, command, tmp_path):
+    compensated = ["--compensate", "ridge"] if n > 1 else []
+    flags = [*command, "--prune_method", "structured_flap", "--nsamples", n, *compensated, "--save_model"]
     assert run_cli(*flags, tmp_path / "one").code == 0
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0", str(ROOT / "main.py")]  # fmt: skip
-    done = subprocess.run([*launch, *flags, str(tmp_path / "two")], cwd=tmp_path, env=fresh_environment(),
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+              str(ROOT / "main.py")]  # fmt: skip
+    done = subprocess.run([*launch, *map(str, flags), str(tmp_path / "two")], cwd=tmp_path, env=fresh_environment(),
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "pruning.json").read_text())["processes"] == 2
     a, b = (load_file(tmp_path / at / "kept_neurons.safetensors") for at in ("one", "two"))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    a, b = (load_file(tmp_path / at / "model.safetensors") for at in ("one", "two"))
     assert all(torch.equal(value, b[name]) for name, value in a.items())

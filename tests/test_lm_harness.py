@@ -165,8 +165,7 @@ def test_the_readmes_command_runs_and_under_accelerate_too(harness, prune, task_
     common += ["--tasks", "winogrande", "--batch_size", "auto", "--limit", LIMIT]
     done = harness(*common, "--output_path", tmp_path / "one")
     assert done.returncode == 0, done.stderr
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    done = harness(*common, "--output_path", tmp_path / "two", before=launch)
+    done = harness(*common, "--output_path", tmp_path / "two", before=["-m", "accelerate.commands.launch", "--cpu"])
     assert done.returncode == 0, done.stderr
     wanted = evaluate("hf", task_dict, pretrained=str(folder), trust_remote_code=True)
     assert accuracy(tmp_path / "one", "winogrande") == wanted["results"]["winogrande"]["acc,none"]

@@ -127,7 +127,7 @@ def test_changed_weights_under_the_same_name_are_noticed(run_cli, tiny_model, da
 
     save_file(changed, model / "model.safetensors", {"format": "pt"})
     done = run_cli(*flags, "--scores", tmp_path / "scores")
-    assert done.code == 2 and "another weights" in done.err
+    assert done.code == 2 and "weights" in done.err
 
 
 # --- sweeps -----------------------------------------------------------------------------------------
@@ -147,6 +147,23 @@ def test_a_sweep_saves_what_single_runs_save(method, kept, run_cli, command, tmp
         assert report["arguments"]["pruning_ratio"] == float(ratio) and report["verified"]
         single = load_file(tmp_path / "result" / "model.safetensors")
         assert all(torch.equal(value, single[n]) for n, value in load_file(folder / "model.safetensors").items())
+
+
+def test_nothing_is_kept_where_nothing_is_scored(run_cli, command, tmp_path):
+    done = run_cli(*command, "--pruning_ratio", 0, "--scores", tmp_path / "scores", "--save_model", tmp_path / "all")
+    assert done.code == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["all"]
+
+
+def test_a_folder_is_no_score_file(run_cli, command, tmp_path):
+    done = run_cli(*command, "--scores", tmp_path)
+    assert done.code == 2 and done.err.count("\n") == 1 and "is a folder" in done.err
+
+
+def test_the_same_model_under_another_path_is_the_same(kept, run_cli, command, tiny_model, tmp_path):
+    kept("--scores", tmp_path / "scores")
+    (tmp_path / "link").symlink_to(tiny_model("llama"))
+    done = run_cli(*command, "--model", tmp_path / "link", "--scores", tmp_path / "scores")
+    assert done.code == 0 and "not computed again" in done.out
 
 
 @pytest.mark.parametrize("ratios", ["0.1,1.2", "0.1,x", "0.1,0.1", "0.1,"])
@@ -319,14 +336,23 @@ def test_casting_keeps_rotary_frequencies_as_they_are():
 def test_two_processes_keep_the_same_neurons(method, n, command, kept, tmp_path):
     flags = [*command, "--prune_method", method, "--nsamples", n, "--eval_ppl", "--eval_windows", 1]
     wanted, _ = kept("--prune_method", method, "--nsamples", n)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0", str(ROOT / "main.py")]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+              str(ROOT / "main.py")]  # fmt: skip
     done = subprocess.run([*launch, *map(str, flags), "--save_model", str(tmp_path / "two")], cwd=tmp_path,
                           env=fresh_environment(), capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sparsity") == 1
     assert read_kept(tmp_path / "two") == wanted
+    assert json.loads((tmp_path / "two" / "pruning.json").read_text())["processes"] == 2
+
+
+def test_accelerate_launch_starts_the_same_command(command, kept, tmp_path):
+    wanted, _ = kept()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", str(ROOT / "main.py")]
+    done = subprocess.run([*launch, *map(str, command), "--save_model", str(tmp_path / "one")], cwd=tmp_path,
+                          env=fresh_environment(), capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_kept(tmp_path / "one") == wanted
 
 
 # --- the reductions ---------------------------------------------------------------------------------
