@@ -71,8 +71,8 @@ class Fit:
     """What the output projection of a pruned MLP gains: `gained` `[kept, d]`, and its bias: `shift` `[d]`.
 
     `kind` is what it came to ("none", "bias" or "ridge"); `damping` (of "ridge") is a share of the mean diagonal of
-    the Gram matrix. `error` is the share of the held-out output's energy that is lost, `error_before` the same
-    without compensation.
+    the Gram matrix. `error` is the share of the held-out output's energy that is lost (by the fit before the held-out
+    data were added to it), `error_before` the same without compensation.
     """
 
     gained: Tensor | None
@@ -161,7 +161,7 @@ def fit(train: Gram, held: Gram, weight: Tensor, kept: Tensor, kind: str, biased
     train.merge(held)
     fitted, shift = solve(train, best, share)
     gained = fitted - weight[kept] if best == "ridge" else None
-    return Fit(gained, shift, best, share, lost_share(held, weight, kept, fitted, shift), before)
+    return Fit(gained, shift, best, share, min(errors), before)
 
 
 # --- the walk through the model ---------------------------------------------------------------------
@@ -206,9 +206,7 @@ def compensate(
         for tower in tower_ranges(layers):
             if tower.start > last:
                 break
-            enter(model, layers, tower, batches, placement, tape)
-            for number in range(len(batches)):
-                tape.hidden["dense", tower.start, number] = tape.input(tower.start, number)
+            _enter_both(model, layers, tower, batches, placement, tape)
             for index in range(tower.start, min(tower.stop, last + 1)):
                 with placement.at_work(index, index + 1 if index < min(tower.stop - 1, last) else None) as device:
                     _advance_dense(layers[index], tape, index, len(batches), device)
@@ -224,6 +222,13 @@ def compensate(
             for number in range(len(batches)):
                 tape.hidden.drop(("dense", index + 1, number))
     return fits
+
+
+def _enter_both(model, layers, tower: range, batches, placement: Placement, tape: Tape) -> None:
+    """Record what enters a tower: there the dense model's hidden states are still those of the pruned one."""
+    enter(model, layers, tower, batches, placement, tape)
+    for number in range(len(batches)):
+        tape.hidden["dense", tower.start, number] = tape.input(tower.start, number)
 
 
 def _advance_dense(layer: Layer, tape: Tape, index: int, n_batches: int, device: torch.device) -> None:

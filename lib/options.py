@@ -116,6 +116,10 @@ def _add_method(group):
         help="one threshold across all layers, so that widths may differ by layer; often better at high ratios. "
         "Without it every layer loses the same share",
     )
+    _add_structured(group)
+
+
+def _add_structured(group):
     group.add_argument(
         "--neuron_score",
         choices=list(NEURON_SCORES),

@@ -104,6 +104,7 @@ def saliency_sums(
     walk = walk or Walk.start(len(layers), len(batches), objectives)
     first = next(index for index, layer in enumerate(layers) if layer.block)  # nothing is needed from those before it
     model.requires_grad_(False)
+    reductions = reduce, of_tokens or {}
     steps = len(batches) * max(2 * walk.index - first, 0)
     with tqdm(total=steps, desc="scoring", unit="layer", disable=None) as bar, scoring_attention(model):
         tape = record(model, layers, batches, placement, store, walk.index, bar) if batches else None
@@ -120,9 +121,7 @@ def saliency_sums(
                 else:
                     _add(walk.pulled, walk.arriving.pop(index, {}))
                     with placement.at_work(index, index - 1 if index > first else None) as device:
-                        sums = _walk_layer(
-                            layers[index], tape, index, batches, walk.pulled, reduce, of_tokens or {}, device, bar
-                        )
+                        sums = _walk_layer(layers[index], tape, index, batches, walk.pulled, reductions, device, bar)
                 walk.index = index
                 if sums:
                     yield index, sums
@@ -167,8 +166,9 @@ def _zeros(layer: Layer, objectives: Sequence[str], reduce: Reduce) -> dict[str,
     return {objective: reduce(nothing) for objective in objectives}
 
 
-def _walk_layer(layer, tape, index, batches, cotangents, reduce, of_tokens, device, bar) -> dict[str, Tensor]:
+def _walk_layer(layer, tape, index, batches, cotangents, reductions, device, bar) -> dict[str, Tensor]:
     """Pull every batch's cotangents through one layer, in place, and return the layer's sums."""
+    reduce, of_tokens = reductions
     sums = {objective: total.to(device) for objective, total in _zeros(layer, cotangents, reduce).items()}
     weights = [p.weight.float() for p in layer.block.projections] if layer.block else []
     dtype = next(layer.module.parameters()).dtype
