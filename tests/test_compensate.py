@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import sentences
+from conftest import files_below, sentences
 from families import FAMILIES, build
 from safetensors.torch import load_file
 from test_llava_score import batches as llava_batches
@@ -460,7 +460,7 @@ def test_a_compensated_model_predicts_better_and_loads_back_in_both_forms(across
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
 def test_an_offloaded_run_saves_what_a_resident_one_saves(kind, dtype, own, run_cli, tiny_model, data_dir, tmp_path):
-    saved = []
+    saved, before = [], files_below(tiny_model("llama", own))
     for where in ("none", "disk"):
         done = run_cli("--model", tiny_model("llama", own), "--data_dir", data_dir, "--nsamples", 8, "--seqlen", 24,
                        "--pruning_ratio", 0.25, "--dtype", dtype, "--compensate", kind, "--offload", where,
@@ -471,6 +471,7 @@ def test_an_offloaded_run_saves_what_a_resident_one_saves(kind, dtype, own, run_
     for name, value in saved[0].items():
         assert value.dtype == saved[1][name].dtype
         torch.testing.assert_close(saved[1][name], value, rtol=tolerance, atol=tolerance)
+    assert files_below(tiny_model("llama", own)) == before  # its weights were mapped, and are only read
 
 
 def test_a_model_scored_in_another_dtype_keeps_the_checkpoint_s_own_values(run_cli, tiny_model, data_dir, tmp_path,
