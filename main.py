@@ -3,8 +3,6 @@
 import os
 import sys
 
-VERIFY_TOKENS = 64
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
@@ -30,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str] | None) -> None:
-    """Parse, load, calibrate, score; for each ratio select, prune, save, report."""
-    from lib import builder, checkpoint, data, evaluate, memory, options, parallel, prune, sums, tape
+    """Parse, load, calibrate, score; for each ratio select, compensate, prune, save, report."""
+    from lib import builder, checkpoint, compensate, data, evaluate, memory, options, parallel, prune, steps, sums, tape
     from lib.summary import Run
 
     args = options.parse(argv)
@@ -48,13 +46,14 @@ def run(argv: list[str] | None) -> None:
         calibration = data.find_calibration(args.dataset, args.data_dir, args.image_dir)
         loaded = builder.load(args.model, args.dtype, args.cuda, args.cache_dir, args.seqlen, method.sees, args.towers,
                               args.offload, args.max_memory)  # fmt: skip
+        compensate.refuse_impossible(loaded.model, loaded.layers, args.compensate)
         record.dense(evaluate.size(loaded.model, loaded.layers), loaded)
 
     with record.phase("calibrate"), loaded.placement.running():
         samples = calibration.samples(loaded.model, loaded.processor, args.nsamples, loaded.seqlen, args.seed)
         data.refuse_unknown_tokens(loaded.model, samples)
         record.calibrated(samples, data.fingerprint(samples), calibration.skipped)
-        windows = held_out(args, calibration, loaded, record) if args.eval_ppl else None
+        windows = steps.held_out(args, calibration, loaded, record) if args.eval_ppl else None
 
     def measure(of, loaded, record):
         if not (args.eval_ppl or args.eval_speed):
@@ -69,8 +68,8 @@ def run(argv: list[str] | None) -> None:
         measure("dense", loaded, record)
     shapes = prune.sum_shapes(loaded.layers, method)
     nothing_to_choose = method.structured and not any(ratios)
-    key, path = score_key(args, loaded, record.data, method), None if nothing_to_choose else args.scores
-    with sums.open_scores(path, key, shapes, method.structured) as kept:
+    key, path = steps.score_key(args, loaded, record.data, method), None if nothing_to_choose else args.scores
+    with sums.open_scores(path, key, shapes) as kept:
         found = None
         if not nothing_to_choose:
             record.scores(args.scores, kept.is_complete)
@@ -86,71 +85,16 @@ def run(argv: list[str] | None) -> None:
             loaded = loaded.again() if number else loaded
             result = record.of_ratio(ratio, targets[ratio])
             with result.phase("prune"):
-                selection = select(args, loaded, found, method, ratio)
+                selection = steps.select(args, loaded, found, ratio)
+            compensated = args.compensate != "none" and ratio > 0
+            fits = steps.compensate(args, loaded, selection, samples, result) if compensated else None
+            with result.phase("prune"):
                 prune.remove(loaded.model, loaded.layers, selection)
                 result.pruned(evaluate.size(loaded.model, loaded.layers), selection)
             measure("pruned", loaded, result)
             if targets[ratio]:
-                save(args, targets[ratio], loaded, selection, samples, result)
+                steps.save(args, targets[ratio], loaded, selection, fits, samples, result)
             print(result.text(), flush=True)
-
-
-def select(args, loaded, sums, method, ratio):
-    """What stays at this ratio."""
-    from lib import prune
-
-    if sums is None:
-        return prune.everything(loaded.layers)
-    return prune.select(loaded.layers, sums, method, ratio, args.global_pruning, args.neuron_score, args.align)
-
-
-def held_out(args, calibration, loaded, record):
-    """What perplexity is measured on, `[windows, tokens]`."""
-    from lib import builder, data
-
-    seqlen = min(args.eval_seqlen or loaded.seqlen, builder.context_length(loaded.model.config))
-    windows, source = data.held_out_windows(
-        calibration, loaded.model, loaded.tokenizer, seqlen, args.eval_windows, args.seed
-    )
-    data.refuse_unknown_tokens(loaded.model, windows)
-    record.measured_on = f"{source}, {len(windows)} windows of {seqlen} tokens"
-    return windows
-
-
-def score_key(args, loaded, data_facts: dict, method) -> dict:
-    """All that the sums depend on, first what a person would notice."""
-    from lib import builder
-
-    dtype = loaded.resources.dtype
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "neuron_score": args.neuron_score if method.structured else "none, single weights",
-        "batch_size": args.batch_size,
-        "towers": args.towers,
-        "seed": args.seed,
-        **{f"calibration {name}": value for name, value in data_facts.items()},
-        "model's weights": builder.fingerprint(loaded.model, dtype),
-    }
-
-
-def save(args, target, loaded, selection, samples, result) -> None:
-    """Write the result to the folder `target`, load it back, compare; complete or not at all."""
-    from lib import checkpoint, prune, tape
-    from lib.mlp import find_layers, only_towers
-
-    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
-    with checkpoint.complete_or_absent(target) as folder, result.phase("save"):
-        saved, layers = loaded.in_own_dtype(args.dtype), loaded.layers
-        if saved is not loaded.model:
-            layers = only_towers(find_layers(saved), args.towers)
-            prune.remove(saved, layers, selection)
-        checkpoint.save(folder, saved, layers, loaded.processor, formats)
-        checkpoint.save_selection(folder, layers, selection)
-        if not args.no_verify:
-            checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
-            result.verified = True
-        checkpoint.save_report(folder, result.report())
-    result.bytes_on_disk = checkpoint.bytes_on_disk(target, formats)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Perplexity of every method, ratio and scope on one model, beside the dense model and random pruning.
+"""Perplexity of every method, ratio and scope on one model, beside the dense model; nothing is compensated.
 
-Each kind of sum (per neuron, per weight) is computed once and serves all methods and ratios.
+What methods have in common (sums of saliencies, means of activations) is computed once and serves all ratios.
 
     python benchmarks/quality.py --model MODEL --nsamples 32 --seqlen 512 --eval_seqlen 1024 --eval_windows 12
 """
@@ -8,15 +8,15 @@ Each kind of sum (per neuron, per weight) is computed once and serves all method
 import argparse
 import copy
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib import builder, data, evaluate, prune, tape  # noqa: E402
+from lib import baselines, builder, data, evaluate, prune, tape  # noqa: E402
 from lib.mlp import find_layers  # noqa: E402
 from lib.sums import open_scores  # noqa: E402
+from lib.vectors import ModelVector  # noqa: E402
 
 
 def parse() -> argparse.Namespace:
@@ -38,17 +38,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def all_sums(loaded, samples, structured: bool, neuron_score: str, kept) -> dict:
-    """Both objectives' sums of one kind, with which every method of that kind is scored."""
-    batches = tape.collate(samples, 1)
-    return prune.score(
-        loaded.model, loaded.layers, batches, scoring_method(structured), neuron_score, kept, loaded.placement
-    )
-
-
-def scoring_method(structured: bool) -> prune.Method:
-    """A method of this kind that needs both objectives."""
-    return next(m for m in prune.METHODS.values() if m.structured == structured and len(m.objectives) == 2)
+def all_scores(args, loaded, samples, methods: list[prune.Method], stores: ExitStack) -> dict[str, ModelVector]:
+    """The scores of every method by its name; methods with the same sums share them."""
+    sums = {}
+    for kind in dict.fromkeys(m.reduction_name(args.neuron_score) for m in methods):
+        alike = [m for m in methods if m.reduction_name(args.neuron_score) == kind]
+        widest = max(alike, key=lambda m: len(m.summed))
+        kept = stores.enter_context(open_scores(None, {}, prune.sum_shapes(loaded.layers, widest)))
+        sums[kind] = baselines.of_weights(prune.blocks_of(loaded.layers), args.seed) | prune.score(
+            loaded.model, loaded.layers, tape.collate(samples, 1), widest, args.neuron_score, kept, loaded.placement
+        )
+    return {m.name: m.scores(sums[m.reduction_name(args.neuron_score)], args.neuron_score) for m in methods}
 
 
 def pruned_perplexity(model, scores, structured: bool, ratio: float, across: bool, windows) -> tuple[float, float]:
@@ -63,19 +63,6 @@ def pruned_perplexity(model, scores, structured: bool, ratio: float, across: boo
     prune.remove(pruned, layers, selection)
     gone = before.total - evaluate.size(pruned, layers).total if structured else before.mlp - selection.n_kept()
     return evaluate.perplexity(pruned, windows), gone / before.total
-
-
-def random_scores(model, structured: bool, seed: int) -> prune.ModelVector:
-    """A random order of the neurons, or of the weights."""
-    blocks = prune.blocks_of(find_layers(model))
-
-    def layer(index):
-        generator = torch.Generator().manual_seed(seed * 1000 + index)
-        block = blocks[index]
-        shape = (block.width,) if structured else (len(block.projections), *block.projections[0].weight.shape)
-        return torch.rand(shape, generator=generator)
-
-    return prune.ModelVector(len(blocks), layer)
 
 
 def main() -> None:
@@ -103,11 +90,8 @@ def print_table(args, loaded, samples, windows, structured: bool, ratios: list[f
     """One Markdown table: a row per method of this kind, a column per ratio and scope."""
     columns = [(ratio, across) for ratio in ratios for across in (False, True)]
     methods = [m for m in prune.METHODS.values() if m.structured == structured and not m.sees]
-    shapes = prune.sum_shapes(loaded.layers, scoring_method(structured))
-    with open_scores(None, {}, shapes, structured) as kept:
-        sums = all_sums(loaded, samples, structured, args.neuron_score, kept)
-        rows = {"random": random_scores(loaded.model, structured, args.seed)}
-        rows |= {m.name: m.scores(sums, args.neuron_score) for m in methods}
+    with ExitStack() as stores:
+        rows = all_scores(args, loaded, samples, methods, stores)
         scope = ("per layer" if structured else "per matrix", "global")
         print("| method | " + " | ".join(f"{ratio:.0%} {scope[across]}" for ratio, across in columns) + " |")
         print("|---" * (len(columns) + 1) + "|")

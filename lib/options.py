@@ -5,6 +5,7 @@ import math
 
 from lib import llava_data
 from lib.builder import DTYPES
+from lib.compensate import KINDS
 from lib.data import FILE_TYPES, SELF_GENERATED, SETS
 from lib.errors import UserError
 from lib.mlp import LANGUAGE, VISION
@@ -115,12 +116,17 @@ def _add_method(group):
         help="one threshold across all layers, so that widths may differ by layer; often better at high ratios. "
         "Without it every layer loses the same share",
     )
+    _add_structured(group)
+
+
+def _add_structured(group):
     group.add_argument(
         "--neuron_score",
         choices=list(NEURON_SCORES),
         default="trimmed_mean",
         help="structured methods: how a neuron's weight saliencies become one number. trimmed_mean is "
-        "the method's own; abs_sum often does better at low ratios",
+        "the method's own; abs_sum often does better at low ratios; token_fisher adds up the squared slopes of single "
+        "tokens in A_CE, and takes A_FO by abs_sum",
     )
     group.add_argument(
         "--towers",
@@ -134,6 +140,15 @@ def _add_method(group):
         default=1,
         metavar="N",
         help="structured methods: round each layer's width to a multiple of N; 64 or 128 suits tensor cores",
+    )
+    group.add_argument(
+        "--compensate",
+        choices=list(KINDS),
+        default="none",
+        help="structured methods: hand what was removed to what stays. bias: its mean goes into the bias (as in FLAP; "
+        "for families that have one); ridge: output projections are refitted to the calibration data, layer by layer; "
+        "auto: per layer what does best on held-out samples, never worse there than none; costs three passes "
+        "over the layers without gradients, and pays most at high ratios",
     )
 
 
@@ -254,8 +269,23 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < minimum:
             raise UserError(f"--{name} {value}: must be at least {minimum}")
     _check_sight(args)
+    _check_compensation(args)
+    if args.scores and not METHODS[args.prune_method].summed:
+        raise UserError(f"--scores {args.scores}: {args.prune_method} takes no calibration; leave it out")
     if not METHODS[args.prune_method].structured and args.align != 1:
         raise UserError(f"--align {args.align}: {args.prune_method} removes single weights and no widths; leave it out")
+
+
+def _check_compensation(args: argparse.Namespace) -> None:
+    if args.compensate == "none":
+        return
+    if not METHODS[args.prune_method].structured:
+        raise UserError(
+            f"--compensate {args.compensate}: {args.prune_method} removes single weights; compensation is for methods "
+            "that remove neurons (structured_...)"
+        )
+    if args.nsamples < 2:
+        raise UserError(f"--compensate {args.compensate}: needs --nsamples of at least 2, one of them to check on")
 
 
 def _check_sight(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """The pruning methods: one table, the formulas, the selection of what is kept, and its removal.
 
-Every formula works on a `ModelVector`: one value per neuron (or per weight) of the whole model, a layer at
-a time, so that `z(fo) + z(ce)` never needs more than one layer of it in memory.
+Every formula works on `lib.vectors.ModelVector`: one value per neuron (or per weight) of the whole model. Those of
+other authors' methods stand in `lib.baselines`.
 """
 
 import math
@@ -12,44 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib import parallel
+from lib import baselines, parallel
 from lib.errors import UserError
 from lib.mlp import Block, Layer, of_tower, tower_config, towers_of, width_field
 from lib.offload import Placement
 from lib.score import CROSS_ENTROPY, FIRST_ORDER, Walk, saliency_sums
-from lib.sums import InMemory, ScoreFile, Shapes, shapes_of, tensor_name
+from lib.sums import InMemory, ScoreFile, Shapes, tensor_name
 from lib.tape import Batch, HiddenStates
-
-
-class ModelVector(Sequence):
-    """A value per neuron `[d_ff]` (or per weight `[projections, d_ff, d]`) of every layer, computed when asked for."""
-
-    def __init__(self, n_layers: int, layer: Callable[[int], Tensor]):
-        self._n_layers, self._layer = n_layers, layer
-
-    def __len__(self) -> int:
-        return self._n_layers
-
-    def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self._n_layers:
-            raise IndexError(index)
-        return self._layer(index)
-
-    def __add__(self, other: "ModelVector") -> "ModelVector":
-        return ModelVector(len(self), lambda index: self[index] + other[index])
-
-    def __pow__(self, exponent: float) -> "ModelVector":
-        return ModelVector(len(self), lambda index: self[index] ** exponent)
-
-
-def z(vector: ModelVector) -> ModelVector:
-    """`(x - mean) / std` over the whole model; 0 where all values are equal."""
-    count = sum(x.numel() for x in vector)
-    mean = sum(x.double().sum() for x in vector) / count
-    variance = sum((x.double() - mean).square().sum() for x in vector) / max(count - 1, 1)
-    mean, inverse = float(mean), float(variance) ** -0.5 if variance > 0 else 0.0
-    return ModelVector(len(vector), lambda index: (vector[index] - mean) * inverse)
-
+from lib.vectors import ModelVector, z
 
 # --- neuron scores: Q of one layer and one sample, [d_ff, d] per projection -> [d_ff] ----------------
 
@@ -108,7 +78,19 @@ def moments_by_selection(rows: Tensor, drop: int, with_std: bool) -> tuple[Tenso
     return mean, ((squares[0] - squares[1]).clamp_min(0) / (left - 1)).sqrt()
 
 
+def token_fisher(activations: Tensor, left_grad: Tensor, weight: Tensor) -> Tensor:
+    """`sum_t (h_j dL/dh_j)^2` of every neuron, `[d_ff]`, float32: twice what its removal costs, to second order.
+
+    `activations` `[tokens, d_ff]` enter the output projection `weight` `[d_ff, d]`, `left_grad` `[tokens, d]` is dL/d
+    of what leaves it. With a gate on the neuron's output, `h_j dL/dh_j` is a token's slope along it, and the sum the
+    empirical Fisher information (Theis et al. 2018; Molchanov et al. 2019).
+    """
+    return (activations.float() * (left_grad @ weight.t().to(left_grad.dtype)).float()).square().sum(0)
+
+
 NEURON_SCORES = {function.__name__: function for function in (trimmed_mean, snr, abs_sum)}
+NEURON_SCORES[token_fisher.__name__] = abs_sum  # of the first-order objective, which has no loss per token
+OF_TOKENS = {token_fisher.__name__: {CROSS_ENTROPY: token_fisher}}
 
 
 # --- the formulas: sums over the samples -> scores --------------------------------------------------
@@ -134,12 +116,21 @@ def afr_squared(fo: ModelVector, ce: ModelVector) -> ModelVector:
     return z(fo) + z(ce**2)
 
 
+def afr_root(fo: ModelVector, ce: ModelVector) -> ModelVector:
+    """Both, each standardised over all neurons, of the cross-entropy's squared slopes the root first."""
+    return z(fo) + z(ce**0.5)
+
+
+OWN_FORMULAS = {"trimmed_mean": afr_squared, "token_fisher": afr_root}
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the method table.
 
-    structured: removes whole neurons (else single weights);  objectives: the arguments of `formula`, in order;
-    by_neuron_score: formulas that replace `formula` for some neuron score;  sees: for models with a vision tower.
+    structured: removes whole neurons (else single weights);  objectives: the arguments of `formula`, in order, which
+    are sums of saliencies or statistics of `lib.baselines`;  by_neuron_score: formulas that replace `formula` for some
+    neuron score;  sees: for models with a vision tower;  fixed_score: the neuron score that the method always has.
     """
 
     name: str
@@ -149,10 +140,27 @@ class Method:
     summary: str
     by_neuron_score: dict[str, Callable[..., ModelVector]] | None = None
     sees: bool = False
+    fixed_score: str | None = None
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """What comes from calibration samples, of the arguments of the formula."""
+        return tuple(o for o in self.objectives if o not in baselines.OF_WEIGHTS)
+
+    @property
+    def by_gradients(self) -> bool:
+        """Whether that takes gradients."""
+        return any(o in BOTH for o in self.objectives)
+
+    def reduction_name(self, neuron_score: str) -> str:
+        """How saliencies are reduced before they are summed."""
+        if not self.by_gradients:
+            return "none, activations"
+        return self.fixed_score or neuron_score if self.structured else "none, single weights"
 
     def reduction(self, neuron_score: str) -> Callable[[list[Tensor]], Tensor]:
         """What is summed over the samples."""
-        return NEURON_SCORES[neuron_score] if self.structured else each_weight
+        return NEURON_SCORES[self.reduction_name(neuron_score)] if self.structured else each_weight
 
     def scores(self, sums: dict[str, ModelVector], neuron_score: str) -> ModelVector:
         """The formula, applied to what was summed over the samples."""
@@ -164,14 +172,14 @@ BOTH = (FIRST_ORDER, CROSS_ENTROPY)
 METHODS = {
     method.name: method
     for method in (
-        Method("structured_afr", True, BOTH, afr, "neurons by z(A_FO) + z(A_CE^2)", {"trimmed_mean": afr_squared}),
+        Method("structured_afr", True, BOTH, afr, "neurons by z(A_FO) + z(A_CE^2)", OWN_FORMULAS),
         Method(
             "structured_afr_llava",
             True,
             BOTH,
             afr,
             "structured_afr for LLaVA, on the language and on the vision tower",
-            {"trimmed_mean": afr_squared},
+            OWN_FORMULAS,
             sees=True,
         ),
         Method("structured_snip", True, (CROSS_ENTROPY,), snip, "neurons by A_CE"),
@@ -179,6 +187,10 @@ METHODS = {
         Method("afr", False, BOTH, afr, "weights by z(sum|Q_FO|) + z(sum|Q_CE|)"),
         Method("snip", False, (CROSS_ENTROPY,), snip, "weights by sum|Q_CE|"),
         Method("refer_svd", False, (FIRST_ORDER,), refer_svd, "weights by sum|Q_FO|"),
+        *(
+            Method(b.name, b.structured, b.statistics, b.formula, b.summary, fixed_score=abs_sum.__name__)
+            for b in baselines.BASELINES
+        ),
     )
 }
 
@@ -294,12 +306,15 @@ def _ordered_keys(values: Tensor) -> np.ndarray:
 
 
 def sum_shapes(layers: Sequence[Layer], method: Method) -> Shapes:
-    """The shape of what the method's formula takes: `[d_ff]` or `[projections, d_ff, d]`, per MLP and objective."""
-    blocks = blocks_of(layers)
-    each = [
-        (b.width,) if method.structured else (len(b.projections), *b.projections[0].weight.shape) for b in blocks
-    ]
-    return shapes_of([b.name for b in blocks], each, method.objectives)
+    """The shape of what is summed over the samples, by name, per MLP and objective."""
+
+    def shape(block: Block, objective: str) -> tuple[int, ...]:
+        width, features = block.projections[0].weight.shape
+        if objective in baselines.ACTIVATIONS:
+            return (2, width if objective == baselines.NEURONS else features)
+        return (width,) if method.structured else (len(block.projections), width, features)
+
+    return {tensor_name(b.name, o): shape(b, o) for b in blocks_of(layers) for o in method.summed}
 
 
 def score(
@@ -319,15 +334,20 @@ def score(
     names = [layer.name if layer.block is None else layer.block.name for layer in layers]
     if not kept.is_complete:
         own = parallel.share(batches)
-        walk = kept.earlier(len(own)) or Walk.start(len(layers), len(own), method.objectives)
-        reduction = method.reduction(neuron_score)
-        walking = saliency_sums(model, layers, own, method.objectives, reduction, placement, hidden, walk)
-        for index, sums in walking:
-            parallel.add_up(sums[objective] for objective in method.objectives)
-            kept.put({tensor_name(names[index], objective): value for objective, value in sums.items()}, walk)
+        if method.by_gradients:
+            walk = kept.earlier(len(own)) or Walk.start(len(layers), len(own), method.summed)
+            reduction = method.reduction(neuron_score)
+            of_tokens = OF_TOKENS.get(method.reduction_name(neuron_score))
+            walking = saliency_sums(model, layers, own, method.summed, reduction, placement, hidden, walk, of_tokens)
+            for index, sums in walking:
+                parallel.add_up(sums[objective] for objective in method.summed)
+                kept.put({tensor_name(names[index], objective): value for objective, value in sums.items()}, walk)
+        elif method.summed:
+            for index, means in baselines.activation_means(model, layers, own, placement, hidden):
+                kept.put({tensor_name(names[index], name): means[name] for name in method.summed})
         kept.complete()
     blocks = [block.name for block in blocks_of(layers)]
-    return {o: ModelVector(len(blocks), lambda i, o=o: kept[tensor_name(blocks[i], o)]) for o in method.objectives}
+    return {o: ModelVector(len(blocks), lambda i, o=o: kept[tensor_name(blocks[i], o)]) for o in method.summed}
 
 
 def select(
@@ -338,12 +358,17 @@ def select(
     across_layers: bool = False,
     neuron_score: str = "trimmed_mean",
     align: int = 1,
+    seed: int = 0,
 ) -> Selection:
-    """What the method keeps at this ratio. Towers are standardised and thresholded each on its own."""
+    """What the method keeps at this ratio. Towers are standardised and thresholded each on its own.
+
+    The model is dense; `seed` is of random methods' draws.
+    """
     kept, unused = [], ()
-    if method.structured:
+    if method.structured and method.by_gradients:
         silent = (not any(v[i].any() for v in sums.values()) for i in range(len(blocks_of(layers))))
         unused = tuple(b.name for b, nothing in zip(blocks_of(layers), silent, strict=True) if nothing)
+    sums = baselines.of_weights(blocks_of(layers), seed) | sums
     for tower in pruned_towers(layers):
         scores = method.scores(sums_of_tower(sums, layers, tower), neuron_score)
         if method.structured:

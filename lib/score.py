@@ -50,6 +50,10 @@ Reduce = Callable[[list[Tensor]], Tensor]
 """Saliencies Q of some neurons of a layer, one `[neurons, d]` per projection -> what the method sums over the samples,
 `[neurons]` or `[projections, neurons, d]`. Each neuron is reduced by itself. What is given may be overwritten."""
 
+OfTokens = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What enters a layer's output projection `[tokens, d_ff]`, dL/d of what leaves it `[tokens, d]`, its weight
+`[d_ff, d]` -> what the method sums over the samples, `[d_ff]`; of one sample, or of a batch."""
+
 
 @dataclass
 class Walk:
@@ -79,6 +83,7 @@ def saliency_sums(
     placement: Placement | None = None,
     store: HiddenStates | None = None,
     walk: Walk | None = None,
+    of_tokens: dict[str, OfTokens] | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yield `(layer index, {objective: sum over samples of reduce(Q)})` from the last layer to the first.
 
@@ -86,6 +91,8 @@ def saliency_sums(
     next-token cross-entropy of each sample (Lee et al. 2019), always one sample at a time whatever the
     batch size. `FIRST_ORDER` is the mean singular value of each projection's output, summed over all
     projections of the model, with one gradient per batch. The sums are on the CPU.
+
+    The objectives in `of_tokens` are summed by what stands there instead of `reduce`.
 
     `walk` is brought up to date before every yield; one that was kept goes on where it stood. Without batches the
     sums are zero.
@@ -97,6 +104,7 @@ def saliency_sums(
     walk = walk or Walk.start(len(layers), len(batches), objectives)
     first = next(index for index, layer in enumerate(layers) if layer.block)  # nothing is needed from those before it
     model.requires_grad_(False)
+    reductions = reduce, of_tokens or {}
     steps = len(batches) * max(2 * walk.index - first, 0)
     with tqdm(total=steps, desc="scoring", unit="layer", disable=None) as bar, scoring_attention(model):
         tape = record(model, layers, batches, placement, store, walk.index, bar) if batches else None
@@ -113,7 +121,7 @@ def saliency_sums(
                 else:
                     _add(walk.pulled, walk.arriving.pop(index, {}))
                     with placement.at_work(index, index - 1 if index > first else None) as device:
-                        sums = _walk_layer(layers[index], tape, index, batches, walk.pulled, reduce, device, bar)
+                        sums = _walk_layer(layers[index], tape, index, batches, walk.pulled, reductions, device, bar)
                 walk.index = index
                 if sums:
                     yield index, sums
@@ -159,8 +167,9 @@ def _zeros(layer: Layer, objectives: Sequence[str], reduce: Reduce) -> dict[str,
     return {objective: torch.zeros(shape) for objective in objectives}
 
 
-def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) -> dict[str, Tensor]:
+def _walk_layer(layer, tape, index, batches, cotangents, reductions, device, bar) -> dict[str, Tensor]:
     """Pull every batch's cotangents through one layer, in place, and return the layer's sums."""
+    reduce, of_tokens = reductions
     sums = {objective: total.to(device) for objective, total in _zeros(layer, cotangents, reduce).items()}
     weights = [p.weight.float() for p in layer.block.projections] if layer.block else []
     dtype = next(layer.module.parameters()).dtype
@@ -183,9 +192,14 @@ def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) ->
             into, *left_grads = torch.autograd.grad(roots, [hidden, *outputs], grads, retain_graph=True)
             pulled[number] = into.to("cpu")
             per_sample = objective == CROSS_ENTROPY
-            groups = len(batch) if per_sample else 1
-            for gradients in _gradients(layer.block, entered, left_grads, groups) if layer.block else ():
-                _reduce(weights, gradients, reduce, sums[objective], 1 / scale if per_sample else 1)
+            groups, unscaled = (len(batch), 1 / scale) if per_sample else (1, 1)
+            if layer.block and objective in of_tokens:
+                for x, g in zip(*(_grouped(y[-1], groups) for y in (entered, left_grads)), strict=True):
+                    g = g if unscaled == 1 else g.float() * unscaled
+                    sums[objective] += of_tokens[objective](x, g, weights[-1])
+            elif layer.block:
+                for gradients in _gradients(layer.block, entered, left_grads, groups):
+                    _reduce(weights, gradients, reduce, sums[objective], unscaled)
         bar.update()
     for objective, total in sums.items():
         if not total.isfinite().all():
@@ -195,13 +209,17 @@ def _walk_layer(layer, tape, index, batches, cotangents, reduce, device, bar) ->
 
 def _gradients(block: Block, entered, left_grads, groups: int) -> Iterator[list[Tensor]]:
     """dL/dW of every projection, `[d_ff, d]`: for the batch as a whole, or for one of its `groups` after another."""
-    # Some families (OPT) flatten batch and tokens before their MLP, hence the reshape: [groups, tokens, features].
     by_module = {
-        id(module): (x.reshape(groups, -1, x.shape[-1]), g.reshape(groups, -1, g.shape[-1]))
+        id(module): (_grouped(x, groups), _grouped(g, groups))
         for module, x, g in zip(block.modules, entered, left_grads, strict=True)
     }
     for group in range(groups):
         yield [p.gradient(*(side[group] for side in by_module[id(p.module)])) for p in block.projections]
+
+
+def _grouped(values: Tensor, groups: int) -> Tensor:
+    """`[groups, tokens, features]`. Some families (OPT) flatten batch and tokens before their MLP."""
+    return values.reshape(groups, -1, values.shape[-1])
 
 
 def _reduce(weights: list[Tensor], gradients: list[Tensor], reduce: Reduce, total: Tensor, scale: float) -> None:

@@ -5,6 +5,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from importlib.metadata import version
 
 from lib import parallel
 from lib.builder import Loaded
+from lib.compensate import Fit
 from lib.data import token_ids
 from lib.evaluate import Size, Speed
 from lib.memory import GIB
@@ -39,6 +41,7 @@ class Run:
     dtypes: dict[str, str] = field(default_factory=dict)
     speed: dict[str, Speed] = field(default_factory=dict)
     score_file: dict = field(default_factory=dict)  # path and whether its scores were there already
+    fits: dict[str, list] = field(default_factory=dict)  # what compensation came to, per MLP
     verified: bool = False
     bytes_on_disk: dict[str, int] = field(default_factory=dict)
 
@@ -69,6 +72,11 @@ class Run:
         run = copy.deepcopy(self)
         run.args |= {"pruning_ratio": ratio, "save_model": target}
         return run
+
+    def compensated(self, fits: Sequence[Fit]) -> None:
+        """Note what compensation came to."""
+        columns = {"kind": "kind", "damping": "damping", "error_before": "error_before", "error_after": "error"}
+        self.fits = {name: [getattr(fit, attribute) for fit in fits] for name, attribute in columns.items()}
 
     def pruned(self, size: Size, selection: Selection) -> None:
         """Note the model as it is now."""
@@ -101,6 +109,7 @@ class Run:
             "perplexity": {**self.perplexity, "measured_on": self.measured_on} if self.perplexity else None,
             "tokens_per_second": {name: vars(speed) for name, speed in self.speed.items()} or None,
             "scores": self.score_file or None,
+            "compensation": self.fits or None,
             "verified": self.verified,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_memory_bytes": self.peak_bytes,
@@ -131,6 +140,8 @@ class Run:
         if self.perplexity:
             dense, pruned = self.perplexity["dense"], self.perplexity["pruned"]
             rows.append(("perplexity", f"{dense:.2f} -> {pruned:.2f}  ({self.measured_on})"))
+        if self.fits:
+            rows.append(("compensated", self._compensation()))
         if self.speed:
             dense, pruned = self.speed["dense"], self.speed["pruned"]
             rows.append(
@@ -150,6 +161,11 @@ class Run:
         width = max(len(name) for name, _ in rows)
         title = f"{self.args['prune_method']}  {self.args['model']}  ratio {self.args['pruning_ratio']}"
         return "\n".join(["", title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+    def _compensation(self) -> str:
+        kinds = ", ".join(f"{kind} in {count}" for kind, count in Counter(self.fits["kind"]).most_common())
+        before, after = (sum(self.fits[f"error_{when}"]) / len(self.fits["kind"]) for when in ("before", "after"))
+        return f"{kinds} layers; error of the MLPs on held-out samples {before:.2%} -> {after:.2%}"
 
     def _widths(self) -> Iterator[tuple[str, str]]:
         """One row per tower."""

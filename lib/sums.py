@@ -1,8 +1,9 @@
 """What scoring accumulated, kept: in memory, or in a file from which other runs go on.
 
 A score file is an ordinary safetensors file: `LAYER.OBJECTIVE` holds a float32 sum per neuron `[d_ff]` or per weight
-`[projections, d_ff, d]`, the metadata's `key` what the sums depend on. Until it is complete it is called FILE.partial,
-with FILE.partial.walk beside it: the cotangents from which the next run goes on.
+`[projections, d_ff, d]`, or the mean and mean square of activations `[2, features]`; the metadata's `key` what they
+depend on. Until it is complete it is called FILE.partial, with FILE.partial.walk beside it: the cotangents from which
+the next run goes on.
 """
 
 import json
@@ -11,7 +12,7 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class InMemory:
         """No earlier run left anything."""
         return None
 
-    def put(self, sums: dict[str, Tensor], walk: Walk) -> None:
+    def put(self, sums: dict[str, Tensor], walk: Walk | None = None) -> None:
         """Keep the sums of one layer."""
         self._held |= sums
 
@@ -154,8 +155,8 @@ class ScoreFile:
         low, high = parallel.lowest_and_highest(index)
         return walk if low == high else None
 
-    def put(self, sums: dict[str, Tensor], walk: Walk) -> None:
-        """Write the sums of one layer, then how far the walk has come."""
+    def put(self, sums: dict[str, Tensor], walk: Walk | None = None) -> None:
+        """Write the sums of one layer, then how far the walk has come, if it is one to go on with."""
         if parallel.is_main():
             header = self._header()
             with self._writing(), open(self.partial, "r+b") as file:
@@ -163,7 +164,7 @@ class ScoreFile:
                     file.seek(self._data_start + header[name]["data_offsets"][0])
                     file.write(value.contiguous().view(torch.uint8).numpy())
         now = time.monotonic()
-        due = self.resumable and now - self._written >= WALK_SHARE * self._took
+        due = self.resumable and walk is not None and now - self._written >= WALK_SHARE * self._took
         if parallel.lowest_and_highest(int(due))[0]:
             with self._writing():
                 self._write_walk(walk)
@@ -226,18 +227,13 @@ class ScoreFile:
 
 
 @contextmanager
-def open_scores(path: str | None, key: dict, shapes: Shapes, small: bool) -> Iterator[InMemory | ScoreFile]:
-    """Where a run keeps its sums: in the file it names, else in memory where they are `small`, else in a file that
-    goes with the run."""
+def open_scores(path: str | None, key: dict, shapes: Shapes) -> Iterator[InMemory | ScoreFile]:
+    """Where a run keeps its sums: in the file it names, else in memory where there is none per weight, else in a file
+    that goes with the run."""
     if path is not None:
         yield ScoreFile(path, key, shapes)
-    elif small:
+    elif all(len(shape) < 3 for shape in shapes.values()):
         yield InMemory()
     else:
         with tempfile.TemporaryDirectory(prefix="afr-st-") as folder:
             yield ScoreFile(Path(folder) / "scores", key, shapes, resumable=False)
-
-
-def shapes_of(names: Sequence[str], shapes: Sequence[tuple[int, ...]], objectives: Sequence[str]) -> Shapes:
-    """The shape of every sum, by name, for MLPs of these names and shapes."""
-    return {tensor_name(n, o): tuple(shape) for n, shape in zip(names, shapes, strict=True) for o in objectives}

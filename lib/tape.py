@@ -7,7 +7,7 @@ first layer, and the arguments of every other. The layers are then called one af
 import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -177,8 +177,11 @@ def record(
     store: HiddenStates,
     stop: int | None = None,
     bar: tqdm | None = None,
+    watch: Callable[[int, int], AbstractContextManager] | None = None,
 ) -> Tape:
     """Record what enters the layers before `stop` (all), and what leaves a tower that ends there, for every batch.
+
+    A layer works on a batch within `watch(layer index, batch number)`, so that hooks can see it.
 
     Raises UserError for a model that computes something between its layers, does not call each of them exactly
     once, or produces NaN or infinity.
@@ -192,7 +195,8 @@ def record(
         for index in range(tower.start, tower.stop if stop >= tower.stop else stop - 1):
             with placement.at_work(index, index + 1 if index + 1 < stop else None) as device:
                 for number in range(len(batches)):
-                    tape.put_output(index, number, call(layers[index], tape, index, number, device))
+                    with watch(index, number) if watch else nullcontext():
+                        tape.put_output(index, number, call(layers[index], tape, index, number, device))
                     if bar is not None:
                         bar.update()
         if stop >= tower.stop:

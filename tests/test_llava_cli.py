@@ -293,3 +293,23 @@ def test_numbers_of_the_tiny_model_are_what_these_tests_assume(loaded):  # noqa:
     assert loaded.model.config.text_config.num_hidden_layers == LANGUAGE_LAYERS
     assert loaded.model.config.vision_config.num_hidden_layers == VISION_LAYERS
     assert ROOT.is_dir()
+
+
+@pytest.mark.parametrize("towers", ["language", "both"])
+@pytest.mark.parametrize("across", [False, True])
+def test_what_was_removed_is_compensated_and_loads_back(towers, across, prune, converted, loaded):  # noqa: F811
+    flags = ["--towers", towers, "--save_format", "both", *(["--global_pruning"] if across else [])]
+    folder, out = prune(converted, *flags, "--nsamples", 8, "--compensate", "auto")
+    report = json.loads((folder / "pruning.json").read_text())
+    found = report["compensation"]
+    assert report["verified"] and "held-out samples" in out
+    assert len(found["kind"]) == len(report["towers"])
+    assert all(a <= b * (1 + 1e-6) for a, b in zip(found["error_after"], found["error_before"]))
+    assert any(kind != "none" for kind, of in zip(found["kind"], report["towers"], strict=True) if of == "language")
+
+    inputs = sample(loaded.processor)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=across or None, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+        again = load_bin(folder, torch.float32)[0](**inputs).logits
+    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))

@@ -1,0 +1,106 @@
+"""Steps of a run that need more than one call: what main.py lists, spelled out."""
+
+import argparse
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lib import builder, checkpoint, data, memory, prune, tape
+from lib import compensate as compensation
+from lib.builder import Loaded
+from lib.compensate import Fit
+from lib.mlp import find_layers, only_towers
+from lib.prune import Selection
+from lib.summary import Run
+from lib.tape import Sample
+from lib.vectors import ModelVector
+
+VERIFY_TOKENS = 64
+
+
+def held_out(args: argparse.Namespace, calibration, loaded: Loaded, record: Run) -> Tensor:
+    """What perplexity is measured on, `[windows, tokens]`."""
+    seqlen = min(args.eval_seqlen or loaded.seqlen, builder.context_length(loaded.model.config))
+    windows, source = data.held_out_windows(
+        calibration, loaded.model, loaded.tokenizer, seqlen, args.eval_windows, args.seed
+    )
+    data.refuse_unknown_tokens(loaded.model, windows)
+    record.measured_on = f"{source}, {len(windows)} windows of {seqlen} tokens"
+    return windows
+
+
+def score_key(args: argparse.Namespace, loaded: Loaded, data_facts: dict, method: prune.Method) -> dict:
+    """All that the sums depend on, first what a person would notice."""
+    dtype = loaded.resources.dtype
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "neuron_score": method.reduction_name(args.neuron_score),
+        "batch_size": args.batch_size,
+        "towers": args.towers,
+        "seed": args.seed,
+        **{f"calibration {name}": value for name, value in data_facts.items()},
+        "model's weights": builder.fingerprint(loaded.model, dtype),
+    }
+
+
+def select(
+    args: argparse.Namespace, loaded: Loaded, sums: dict[str, ModelVector] | None, ratio: float
+) -> Selection:
+    """What stays at this ratio; everything where nothing was scored."""
+    if sums is None:
+        return prune.everything(loaded.layers)
+    method = prune.METHODS[args.prune_method]
+    return prune.select(
+        loaded.layers, sums, method, ratio, args.global_pruning, args.neuron_score, args.align, args.seed
+    )
+
+
+def compensate(
+    args: argparse.Namespace, loaded: Loaded, selection: Selection, samples: Sequence[Sample], result: Run
+) -> list[Fit]:
+    """Refit the dense model's output projections for what is about to be removed."""
+    batches = tape.collate(samples, compensation.batch_size(len(samples)))
+    with (
+        result.phase("compensate"),
+        memory.peak_memory(loaded.placement.main, result.peak_bytes, "compensating"),
+        loaded.hidden_states() as hidden,
+    ):
+        fits = compensation.compensate(
+            loaded.model,
+            loaded.layers,
+            selection,
+            batches,
+            args.compensate,
+            loaded.placement,
+            hidden,
+            loaded.own_dtype,
+        )
+    result.compensated(fits)
+    return fits
+
+
+def save(
+    args: argparse.Namespace,
+    target: str,
+    loaded: Loaded,
+    selection: Selection,
+    fits: Sequence[Fit] | None,
+    samples: Sequence[Sample],
+    result: Run,
+) -> None:
+    """Write the result to the folder `target`, load it back, compare; complete or not at all."""
+    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
+    with checkpoint.complete_or_absent(target) as folder, result.phase("save"):
+        saved, layers = loaded.in_own_dtype(args.dtype), loaded.layers
+        if saved is not loaded.model:
+            layers = only_towers(find_layers(saved), args.towers)
+            if fits:
+                compensation.write(saved, layers, selection, fits)
+            prune.remove(saved, layers, selection)
+        checkpoint.save(folder, saved, layers, loaded.processor, formats)
+        checkpoint.save_selection(folder, layers, selection)
+        if not args.no_verify:
+            checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
+            result.verified = True
+        checkpoint.save_report(folder, result.report())
+    result.bytes_on_disk = checkpoint.bytes_on_disk(target, formats)
