@@ -122,7 +122,7 @@ def test_the_command_that_all_these_change_works(run_fresh, flags, scratch, tmp_
         (["--align", "64"], ["--align 64", "48"]),
         (["--align", "64", "--global_pruning"], ["--align 64", "48"]),
         (["--align", "4", "--prune_method", "afr"], ["--align 4", "afr"]),
-        (["--prune_method", "magnitude"], ["--prune_method", "magnitude", "structured_afr", "refer_svd"]),
+        (["--prune_method", "obesity"], ["--prune_method", "obesity", "structured_afr", "refer_svd"]),
         (["--neuron_score", "max"], ["--neuron_score", "max", "trimmed_mean"]),
         (["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
         (["--save_format", "onnx"], ["--save_format", "onnx", "both"]),
