@@ -229,6 +229,12 @@ def write_hub_folder(working_dir, source, name, n=8, mark="HUB "):
     return working_dir / repository
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Sets of the same name, made up by other tests, are not taken for these."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path.parent / f"{tmp_path.name}-cache")
+
+
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_set_comes_from_the_hub_once_and_then_from_data_dir(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
