@@ -55,17 +55,8 @@ def run(argv: list[str] | None) -> None:
         record.calibrated(samples, data.fingerprint(samples), calibration.skipped)
         windows = steps.held_out(args, calibration, loaded, record) if args.eval_ppl else None
 
-    def measure(of, loaded, record):
-        if not (args.eval_ppl or args.eval_speed):
-            return
-        with record.phase("evaluate"), loaded.placement.running():
-            if args.eval_ppl:
-                record.perplexity[of] = evaluate.perplexity(loaded.model, windows, f"perplexity, {of}")
-            if args.eval_speed:
-                record.speed[of] = evaluate.speed(loaded.model, data.text_of(samples))
-
     if parallel.is_main():
-        measure("dense", loaded, record)
+        steps.measure(args, "dense", loaded, windows, samples, record)
     shapes = prune.sum_shapes(loaded.layers, method)
     nothing_to_choose = method.structured and not any(ratios)
     key, path = steps.score_key(args, loaded, record.data, method), None if nothing_to_choose else args.scores
@@ -84,14 +75,8 @@ def run(argv: list[str] | None) -> None:
         for number, ratio in enumerate(ratios):
             loaded = loaded.again() if number else loaded
             result = record.of_ratio(ratio, targets[ratio])
-            with result.phase("prune"):
-                selection = steps.select(args, loaded, found, ratio)
-            compensated = args.compensate != "none" and ratio > 0
-            fits = steps.compensate(args, loaded, selection, samples, result) if compensated else None
-            with result.phase("prune"):
-                prune.remove(loaded.model, loaded.layers, selection)
-                result.pruned(evaluate.size(loaded.model, loaded.layers), selection)
-            measure("pruned", loaded, result)
+            selection, fits = steps.prune_at(args, ratio, loaded, found, samples, result)
+            steps.measure(args, "pruned", loaded, windows, samples, result)
             if targets[ratio]:
                 steps.save(args, targets[ratio], loaded, selection, fits, samples, result)
             print(result.text(), flush=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lib import builder, checkpoint, data, memory, prune, tape
+from lib import builder, checkpoint, data, evaluate, memory, prune, tape
 from lib import compensate as compensation
 from lib.builder import Loaded
 from lib.compensate import Fit
@@ -41,6 +41,38 @@ def score_key(args: argparse.Namespace, loaded: Loaded, data_facts: dict, method
         **{f"calibration {name}": value for name, value in data_facts.items()},
         "model's weights": builder.fingerprint(loaded.model, dtype),
     }
+
+
+def measure(
+    args: argparse.Namespace, of: str, loaded: Loaded, windows: Tensor | None, samples: Sequence[Sample], record: Run
+) -> None:
+    """Perplexity and speed of the model as it is now, where they were asked for; `of` is "dense" or "pruned"."""
+    if not (args.eval_ppl or args.eval_speed):
+        return
+    with record.phase("evaluate"), loaded.placement.running():
+        if args.eval_ppl:
+            record.perplexity[of] = evaluate.perplexity(loaded.model, windows, f"perplexity, {of}")
+        if args.eval_speed:
+            record.speed[of] = evaluate.speed(loaded.model, data.text_of(samples))
+
+
+def prune_at(
+    args: argparse.Namespace,
+    ratio: float,
+    loaded: Loaded,
+    sums: dict[str, ModelVector] | None,
+    samples: Sequence[Sample],
+    result: Run,
+) -> tuple[Selection, list[Fit] | None]:
+    """Select, compensate and remove at one ratio; what stayed, and what was refitted."""
+    with result.phase("prune"):
+        selection = select(args, loaded, sums, ratio)
+    compensated = args.compensate != "none" and ratio > 0
+    fits = compensate(args, loaded, selection, samples, result) if compensated else None
+    with result.phase("prune"):
+        prune.remove(loaded.model, loaded.layers, selection)
+        result.pruned(evaluate.size(loaded.model, loaded.layers), selection)
+    return selection, fits
 
 
 def select(
