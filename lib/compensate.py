@@ -2,13 +2,13 @@
 
 The pruned model's own layers feed each other: layer i is fitted on what the layers before it, already pruned and
 refitted, put out. Its target is its own dense output there and, beside it, a share of what the stream lacks of the
-dense model's. What a fit and its check need is in two Gram matrices of the layer's neurons, one of them of what is held
-out; no others exist. Only one layer's weights are at work at a time, wherever they are kept. The model changes in
+dense model's. All that a fit keeps of the samples is one Gram matrix of the layer's kept neurons; those held out are
+checked on as they pass, and then added. Only one layer's weights are at work at a time, wherever they are kept. The model changes in
 place, and `lib.prune.remove` then cuts off what has become zero.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from lib.attention import scoring_attention
 from lib.errors import UserError
 from lib.mlp import LANGUAGE, Block, Layer, find_layers, of_tower, tower_config
 from lib.offload import Placement
@@ -36,34 +37,24 @@ LARGEST_BATCH = 8  # samples in a batch
 
 
 class Gram:
-    """What least squares needs of activations `H [tokens, d_ff]`, added up in float32, piece by piece.
-
-    And of `M [tokens, d]`: what the output is to be besides `H W`, so that errors of earlier layers are corrected.
+    """What least squares needs of the kept neurons' activations `H [tokens, kept]` and of what they are to make good,
+    `E [tokens, d]`: added up in float32, piece by piece.
     """
 
-    def __init__(self, width: int, d_model: int, device: torch.device):
-        self.products = torch.zeros(width, width, device=device)  # H^T H, [d_ff, d_ff]
-        self.crossed = torch.zeros(width, d_model, device=device)  # H^T M, [d_ff, d]
-        self.sums = torch.zeros(width, device=device)  # of H over the tokens, [d_ff]
-        self.missing = torch.zeros(d_model, device=device)  # of M over the tokens, [d]
-        self.energy = 0.0  # ||M||^2
+    def __init__(self, kept: int, d_model: int, device: torch.device):
+        self.products = torch.zeros(kept, kept, device=device)  # H^T H, [kept, kept]
+        self.crossed = torch.zeros(kept, d_model, device=device)  # H^T E, [kept, d]
+        self.sums = torch.zeros(kept, device=device)  # of H over the tokens, [kept]
+        self.lacking = torch.zeros(d_model, device=device)  # of E over the tokens, [d]
         self.count = 0  # tokens
 
-    def add(self, activations: Tensor, missing: Tensor | None = None) -> None:
-        """Add activations `[tokens, d_ff]` and, where there is any, what is missing `[tokens, d]`."""
-        activations = activations.float()
+    def add(self, activations: Tensor, lacking: Tensor) -> None:
+        """Add activations `[tokens, kept]` and what the output lacks `[tokens, d]`, both float32."""
         self.products.addmm_(activations.t(), activations)
+        self.crossed.addmm_(activations.t(), lacking)
         self.sums += activations.sum(0)
+        self.lacking += lacking.sum(0)
         self.count += len(activations)
-        if missing is not None:
-            self.crossed.addmm_(activations.t(), missing)
-            self.missing += missing.sum(0)
-            self.energy += float(missing.square().sum())
-
-    def merge(self, other: "Gram") -> None:
-        """Add what another one holds."""
-        for name, held in vars(other).items():
-            setattr(self, name, getattr(self, name) + held)
 
 
 @dataclass(frozen=True)
@@ -83,48 +74,81 @@ class Fit:
     error_before: float = 0.0
 
 
-def ridge(gram: Gram, weight: Tensor, kept: Tensor, damping: float, intercept: bool) -> tuple[Tensor, Tensor | None]:
-    """The weight `[kept, d]` that best makes up for the neurons that are not in `kept`, and its intercept `[d]`.
+def ridge(gram: Gram, damping: float, intercept: bool) -> tuple[Tensor, Tensor | None]:
+    """What the kept neurons' weights gain `[kept, d]` to make up for what the output lacks, and an intercept `[d]`.
 
-    Minimises `||H W + M - H_kept V - 1 s^T||^2 + damping ||V - W_kept||^2` over V (and s, where there is to be an
-    intercept), with W = `weight` `[d_ff, d]`. Towards the old weights, not towards zero: whatever the activations
-    do not determine stays as it was. Solved in float64.
+    Minimises `||E - H V - 1 s^T||^2 + damping ||V||^2` over V (and s, where there is to be an intercept). The damping
+    pulls towards the old weights: whatever the activations do not determine stays as it was. Solved in float64.
     """
-    removed = complement(kept, len(weight))
-    lost = weight[removed].double()
-    products, crossed, sums = gram.products.double(), gram.crossed.double(), gram.sums.double()
+    normal, crossed = gram.products.double(), gram.crossed.double()
+    sums, lacking = gram.sums.double(), gram.lacking.double()
     if intercept:
-        products = products - torch.outer(sums, sums) / gram.count
-        crossed = crossed - torch.outer(sums, gram.missing.double()) / gram.count
-    normal = products[kept][:, kept]
+        normal -= torch.outer(sums, sums) / gram.count
+        crossed -= torch.outer(sums, lacking) / gram.count
     normal.diagonal().add_(damping)
-    # What W_kept gains: the regression of what the output lacks on the kept neurons, [kept, d].
-    gained = torch.cholesky_solve(products[kept][:, removed] @ lost + crossed[kept], torch.linalg.cholesky(normal))
-    fitted = (weight[kept].double() + gained).float()
-    if not intercept:
-        return fitted, None
-    return fitted, ((sums[removed] @ lost + gram.missing - sums[kept] @ gained) / gram.count).float()
+    gained = torch.cholesky_solve(crossed, torch.linalg.cholesky(normal))
+    return gained.float(), ((lacking - sums @ gained) / gram.count).float() if intercept else None
 
 
-def mean_shift(gram: Gram, weight: Tensor, kept: Tensor) -> Tensor:
+def mean_shift(gram: Gram) -> Tensor:
     """The mean over the tokens of what the output lacks, `[d]` (FLAP, An et al. 2024)."""
-    removed = complement(kept, len(weight))
-    return (gram.sums[removed] @ weight[removed] + gram.missing) / gram.count
+    return gram.lacking / gram.count
 
 
-def lost_share(gram: Gram, weight: Tensor, kept: Tensor, fit: Tensor, shift: Tensor | None) -> float:
-    """`||H W + M - H_kept V - 1 s^T||^2 / ||H W + M||^2` on the activations of a Gram matrix."""
+def solve(gram: Gram, kind: str, damping: float | None, biased: bool) -> Fit:
+    """The fit of one kind; `damping` is absolute, `biased` says that the projection has a bias to shift."""
+    if kind == "ridge":
+        return Fit(*ridge(gram, damping, biased), kind, damping)
+    return Fit(None, mean_shift(gram) if kind == "bias" else None, kind)
 
-    def energy(difference: Tensor) -> Tensor:  # ||H D + M||^2
-        return (difference * (gram.products @ difference + 2 * gram.crossed)).sum(dtype=torch.float64) + gram.energy
 
-    difference = weight.clone()
-    difference[kept] -= fit
-    lost = energy(difference)
-    if shift is not None:
-        lost += gram.count * shift.double().square().sum()
-        lost -= 2 * (shift @ (gram.sums @ difference + gram.missing)).double()
-    return float(lost / energy(weight).clamp_min(1e-30))
+def options(kind: str, biased: bool) -> list[tuple[str, float | None]]:
+    """The kinds of fit, and shares of damping, that are compared on what is held out."""
+    found: list[tuple[str, float | None]] = [("none", None)] if kind == "auto" else []
+    if kind == "bias" or (kind == "auto" and biased):
+        found.append(("bias", None))
+    if kind in ("ridge", "auto"):
+        found.extend(("ridge", share) for share in DAMPINGS)
+    return found
+
+
+def lost_energy(activations: Tensor, lacking: Tensor, fit: Fit) -> float:
+    """`||E - H V - 1 s^T||^2` of activations `[tokens, kept]` and what the output lacks `[tokens, d]`."""
+    if fit.gained is not None:
+        lacking = lacking - activations @ fit.gained
+    if fit.shift is not None:
+        lacking = lacking - fit.shift
+    return float(lacking.square().sum(dtype=torch.float64))
+
+
+Piece = tuple[Tensor, Tensor]
+"""Activations of the kept neurons `[tokens, kept]`, and what the output lacks with the old weights `[tokens, d]`."""
+
+
+def fit(train: Iterable[Piece], held_out: Iterable[Piece], weight: Tensor, kind: str, biased: bool) -> Fit:
+    """The best of what `kind` allows by the error on `held_out`, then fitted on all the pieces together.
+
+    `weight` `[kept, d]` are the kept neurons' dense weights, float32; `biased` says that the projection has a bias to
+    shift. With the damping fixed, data that is added to a fit cannot raise its error there: so "auto", which may also
+    choose "none", never does worse than "none" on `held_out`. Every piece is asked for once, those held out last.
+    """
+    gram = Gram(*weight.shape, weight.device)
+    for piece in train:
+        gram.add(*piece)
+    scale = max(float(gram.products.diagonal().double().mean()), SMALLEST)
+    tried = options(kind, biased)
+    fits = [solve(gram, option, share and share * scale, biased) for option, share in tried]
+    errors, before, energy = [0.0] * len(fits), 0.0, 0.0
+    for activations, lacking in held_out:
+        errors = [e + lost_energy(activations, lacking, f) for e, f in zip(errors, fits, strict=True)]
+        before += lost_energy(activations, lacking, Fit(None, None, "none"))
+        energy += float((lacking + activations @ weight).square().sum(dtype=torch.float64))
+        gram.add(activations, lacking)
+    best = errors.index(min(errors))
+    option, share = tried[best]
+    found = solve(gram, option, share and share * scale, biased)
+    energy = max(energy, SMALLEST)
+    return replace(found, damping=share, error=errors[best] / energy, error_before=before / energy)
 
 
 def complement(kept: Tensor, width: int) -> Tensor:
@@ -132,36 +156,6 @@ def complement(kept: Tensor, width: int) -> Tensor:
     gone = torch.ones(width, dtype=torch.bool, device=kept.device)
     gone[kept] = False
     return gone.nonzero()[:, 0]
-
-
-def fit(train: Gram, held: Gram, weight: Tensor, kept: Tensor, kind: str, biased: bool) -> Fit:
-    """The best of what `kind` allows by the error on `held`, then fitted on both Gram matrices together.
-
-    `weight` `[d_ff, d]` is the dense output projection, float32; `biased` says that it has a bias to shift.
-    With the damping fixed, data that is added to a fit cannot raise its error there: so "auto", which may also
-    choose "none", never does worse than "none" on `held`. `train` then holds both.
-    """
-    before = lost_share(held, weight, kept, weight[kept], None)
-    scale = float(train.products.diagonal().double().mean())
-    options: list[tuple[str, float | None]] = []
-    if kind == "auto":
-        options.append(("none", None))
-    if kind == "bias" or (kind == "auto" and biased):
-        options.append(("bias", None))
-    if kind in ("ridge", "auto"):
-        options.extend(("ridge", share) for share in DAMPINGS)
-
-    def solve(gram: Gram, option: str, share: float | None) -> tuple[Tensor, Tensor | None]:
-        if option == "ridge":
-            return ridge(gram, weight, kept, max(share * scale, SMALLEST), biased)
-        return weight[kept], mean_shift(gram, weight, kept) if option == "bias" else None
-
-    errors = [lost_share(held, weight, kept, *solve(train, *option)) for option in options]
-    best, share = options[errors.index(min(errors))]
-    train.merge(held)
-    fitted, shift = solve(train, best, share)
-    gained = fitted - weight[kept] if best == "ridge" else None
-    return Fit(gained, shift, best, share, min(errors), before)
 
 
 # --- the walk through the model ---------------------------------------------------------------------
@@ -202,7 +196,7 @@ def compensate(
     tape = Tape(hidden or HiddenStates(), {tower.stop - 1 for tower in tower_ranges(layers)})
     kept_of = dict(zip((i for i, layer in enumerate(layers) if layer.block), selection.kept, strict=True))
     last, fits = max(kept_of), []
-    with tqdm(total=last + 1, desc="compensating", unit="layer", disable=None) as bar:
+    with tqdm(total=last + 1, desc="compensating", unit="layer", disable=None) as bar, scoring_attention(model):
         for tower in tower_ranges(layers):
             if tower.start > last:
                 break
@@ -253,18 +247,26 @@ def _fit_layer(layer: Layer, kept: Tensor, tape: Tape, index: int, batches, kind
     weight = output.weight.float()
     if len(kept) == len(weight):
         return Fit(None, None, "none")
-    grams = [Gram(*weight.shape, device) for _ in range(2)]
-    held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}
+    kept = kept.to(device)
+    removed = complement(kept, len(weight))
     corrects = kind != "bias" and _adds_up(layer, tape, index, device)
-    for number, batch in enumerate(batches):
-        with _watched(layer.block) as seen:
-            reached = call(layer, tape, index, number, device)
-        # Images are not padded; tokens may be.
-        real = batch.real.flatten().to(device) if layer.tower == LANGUAGE else slice(None)
-        dense = tape.hidden["dense", index + 1, number].to(device)
-        missing = CORRECTION * (dense.float() - reached.float()).flatten(0, -2)[real] if corrects else None
-        grams[number in held_out].add(seen[0][real], missing)
-    return fit(*grams, weight, kept.to(device), kind, output.module.bias is not None)
+
+    def pieces(numbers: Iterable[int]) -> Iterator[Piece]:
+        for number in numbers:
+            with _watched(layer.block) as seen:
+                reached = call(layer, tape, index, number, device)
+            # Images are not padded; tokens may be.
+            real = batches[number].real.flatten().to(device) if layer.tower == LANGUAGE else slice(None)
+            activations = seen[0][real].float()
+            lacking = activations[:, removed] @ weight[removed]
+            if corrects:
+                dense = tape.hidden["dense", index + 1, number].to(device)
+                lacking.add_((dense.float() - reached.float()).flatten(0, -2)[real], alpha=CORRECTION)
+            yield activations[:, kept], lacking
+
+    held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}
+    train = (number for number in range(len(batches)) if number not in held_out)
+    return fit(pieces(train), pieces(sorted(held_out)), weight[kept], kind, output.module.bias is not None)
 
 
 @contextmanager

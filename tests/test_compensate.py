@@ -24,12 +24,23 @@ TOKENS, WIDTH, D = 200, 12, 5
 KEPT = torch.tensor([0, 2, 3, 5, 8, 9, 11])
 
 
-def gram_of(activations, missing=None, d_model=D):
-    gram = Gram(activations.shape[-1], d_model, torch.device("cpu"))
-    for piece in range(0, len(activations), 64):
-        rows = slice(piece, piece + 64)
-        gram.add(activations[rows], None if missing is None else missing[rows])
+def piece_of(activations, weight, kept=KEPT, missing=0.0):
+    """What the kept neurons put out, and what the output lacks without the others."""
+    gone = compensate.complement(kept, len(weight))
+    return activations[:, kept], activations[:, gone] @ weight[gone] + missing
+
+
+def gram_of(activations, weight, kept=KEPT, missing=0.0):
+    gram = Gram(len(kept), weight.shape[1], torch.device("cpu"))
+    for rows in zip(*(part.split(64) for part in piece_of(activations, weight, kept, missing))):
+        gram.add(*rows)
     return gram
+
+
+def fit_of(train, held, weight, kept, kind, biased):
+    return compensate.fit(
+        [piece_of(train, weight, kept)], [piece_of(held, weight, kept)], weight[kept], kind, biased
+    )
 
 
 @pytest.fixture
@@ -51,8 +62,8 @@ def removed(width=WIDTH, kept=KEPT):
 def test_ridge_without_damping_is_least_squares(data):
     activations, weight = data
     wanted = torch.linalg.lstsq(activations[:, KEPT].double(), (activations @ weight).double()).solution
-    found, shift = compensate.ridge(gram_of(activations), weight, KEPT, 1e-9, intercept=False)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-4)
+    gained, shift = compensate.ridge(gram_of(activations, weight), 1e-9, intercept=False)
+    torch.testing.assert_close((weight[KEPT] + gained).double(), wanted, rtol=1e-3, atol=1e-4)
     assert shift is None
 
 
@@ -61,8 +72,9 @@ def test_ridge_with_damping_is_least_squares_with_rows_that_hold_the_old_weights
     damping = 30.0
     rows = torch.cat([activations[:, KEPT], damping**0.5 * torch.eye(len(KEPT))]).double()
     targets = torch.cat([activations @ weight, damping**0.5 * weight[KEPT]]).double()
-    found, _ = compensate.ridge(gram_of(activations), weight, KEPT, damping, intercept=False)
-    torch.testing.assert_close(found.double(), torch.linalg.lstsq(rows, targets).solution, rtol=1e-3, atol=1e-4)
+    gained, _ = compensate.ridge(gram_of(activations, weight), damping, intercept=False)
+    wanted = torch.linalg.lstsq(rows, targets).solution
+    torch.testing.assert_close((weight[KEPT] + gained).double(), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_an_intercept_is_a_neuron_that_always_puts_out_one(data):
@@ -72,8 +84,8 @@ def test_an_intercept_is_a_neuron_that_always_puts_out_one(data):
     pull = torch.cat([damping**0.5 * torch.eye(len(KEPT)), torch.zeros(len(KEPT), 1)], dim=1)
     targets = torch.cat([activations @ weight, damping**0.5 * weight[KEPT]]).double()
     wanted = torch.linalg.lstsq(torch.cat([ones, pull]).double(), targets).solution
-    found, shift = compensate.ridge(gram_of(activations), weight, KEPT, damping, intercept=True)
-    torch.testing.assert_close(found.double(), wanted[:-1], rtol=1e-3, atol=1e-4)
+    gained, shift = compensate.ridge(gram_of(activations, weight), damping, intercept=True)
+    torch.testing.assert_close((weight[KEPT] + gained).double(), wanted[:-1], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(shift.double(), wanted[-1], rtol=1e-3, atol=1e-3)
 
 
@@ -84,40 +96,40 @@ def test_what_the_stream_lacks_is_fitted_too(data, intercept):
     columns = torch.cat([activations[:, KEPT], torch.ones(TOKENS, intercept)], dim=1).double()
     targets = (activations @ weight + missing).double()
     wanted = torch.linalg.lstsq(columns, targets).solution
-    gram = gram_of(activations, missing)
-    found, shift = compensate.ridge(gram, weight, KEPT, 1e-9, intercept)
-    torch.testing.assert_close(found.double(), wanted[: len(KEPT)], rtol=1e-3, atol=1e-3)
-    lost = (targets - columns @ wanted).square().sum() / targets.square().sum()
-    assert compensate.lost_share(gram, weight, KEPT, found, shift) == pytest.approx(lost.item(), rel=1e-3)
+    gained, shift = compensate.ridge(gram_of(activations, weight, missing=missing), 1e-9, intercept)
+    torch.testing.assert_close((weight[KEPT] + gained).double(), wanted[: len(KEPT)], rtol=1e-3, atol=1e-3)
+    lost = (targets - columns @ wanted).square().sum()
+    found = compensate.Fit(gained, shift, "ridge")
+    piece = piece_of(activations, weight, missing=missing)
+    assert compensate.lost_energy(*piece, found) == pytest.approx(lost.item(), rel=1e-3)
 
 
 def test_a_huge_damping_leaves_the_weights_as_they_were(data):
     activations, weight = data
-    found, _ = compensate.ridge(gram_of(activations), weight, KEPT, 1e12, intercept=False)
-    torch.testing.assert_close(found, weight[KEPT])
+    gained, _ = compensate.ridge(gram_of(activations, weight), 1e12, intercept=False)
+    torch.testing.assert_close(gained, torch.zeros_like(gained))
 
 
 def test_a_neuron_that_is_a_multiple_of_another_is_handed_over_in_full():
     activations = torch.randn(50, 1) * torch.tensor([[1.0, 3.0]])
     weight = torch.tensor([[2.0], [5.0]])
-    found, _ = compensate.ridge(gram_of(activations, d_model=1), weight, torch.tensor([0]), 1e-6, intercept=False)
-    assert found.item() == pytest.approx(2 + 3 * 5, rel=1e-4)
+    gained, _ = compensate.ridge(gram_of(activations, weight, torch.tensor([0])), 1e-6, intercept=False)
+    assert gained.item() == pytest.approx(3 * 5, rel=1e-4)
 
 
 def test_the_shift_is_the_mean_of_what_was_removed(data):
     activations, weight = data
     wanted = (activations[:, removed()] @ weight[removed()]).mean(0)
-    torch.testing.assert_close(compensate.mean_shift(gram_of(activations), weight, KEPT), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compensate.mean_shift(gram_of(activations, weight)), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shift", [None, torch.linspace(-1, 1, D)])
-def test_the_lost_share_is_that_of_the_outputs_themselves(data, shift):
+def test_what_is_lost_is_what_the_outputs_themselves_lose(data, shift):
     activations, weight = data
-    fit = weight[KEPT] * 1.1
-    dense = activations @ weight
-    lost = dense - activations[:, KEPT] @ fit - (0 if shift is None else shift)
-    wanted = (lost.square().sum() / dense.square().sum()).item()
-    assert compensate.lost_share(gram_of(activations), weight, KEPT, fit, shift) == pytest.approx(wanted, rel=1e-4)
+    gained = weight[KEPT] * 0.1
+    lost = activations @ weight - activations[:, KEPT] @ (weight[KEPT] + gained) - (0 if shift is None else shift)
+    found = compensate.lost_energy(*piece_of(activations, weight), compensate.Fit(gained, shift, "ridge"))
+    assert found == pytest.approx(lost.square().sum().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -125,24 +137,29 @@ def test_the_lost_share_is_that_of_the_outputs_themselves(data, shift):
 def test_auto_is_never_worse_than_none_on_what_was_held_out(data, n_train, biased):
     activations, weight = data
     held = activations[n_train:]
-    found = compensate.fit(gram_of(activations[:n_train]), gram_of(held), weight, KEPT, "auto", biased)
+    found = fit_of(activations[:n_train], held, weight, KEPT, "auto", biased)
     none = (held[:, removed()] @ weight[removed()]).square().sum() / (held @ weight).square().sum()
     assert found.error_before == pytest.approx(none.item(), rel=1e-4)
     assert found.error <= found.error_before * (1 + 1e-6)
 
 
+def test_the_fit_that_was_chosen_is_made_again_with_what_was_held_out(data):
+    activations, weight = data
+    found = fit_of(activations[:150], activations[150:], weight, KEPT, "ridge", False)
+    unit = activations[:150, KEPT].square().sum(0).mean()
+    wanted, _ = compensate.ridge(gram_of(activations, weight), float(found.damping * unit), intercept=False)
+    torch.testing.assert_close(found.gained, wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_auto_keeps_the_weights_where_every_fit_does_harm():
     train, held = torch.tensor([[1.0, 1.0]] * 4), torch.tensor([[1.0, -1.0]] * 4)  # what was learned is reversed
-    weight = torch.ones(2, 1)
-    grams = gram_of(train, d_model=1), gram_of(held, d_model=1)
-    found = compensate.fit(*grams, weight, torch.tensor([0]), "auto", False)
+    found = fit_of(train, held, torch.ones(2, 1), torch.tensor([0]), "auto", False)
     assert (found.kind, found.gained, found.shift) == ("none", None, None)
 
 
 def test_neurons_that_never_fire_are_no_trouble():
-    weight = torch.ones(3, 2)
-    grams = [gram_of(torch.zeros(10, 3), d_model=2) for _ in range(2)]
-    found = compensate.fit(*grams, weight, torch.tensor([1]), "ridge", False)
+    silent = torch.zeros(10, 3)
+    found = fit_of(silent, silent, torch.ones(3, 2), torch.tensor([1]), "ridge", False)
     assert found.gained.tolist() == [[0.0, 0.0]]
 
 
@@ -218,7 +235,7 @@ def test_every_layer_is_fitted_on_what_the_pruned_layers_before_it_put_out(famil
             lacking *= 0
         activations = mlp_inputs(oracle, block.name, batches).double()
         weight = block.projections[-1].weight.double()
-        damping = found.damping * damping_unit(activations, batches)
+        damping = found.damping * damping_unit(activations[:, kept], batches)
         rows = torch.cat([activations[:, kept], damping**0.5 * torch.eye(len(kept), dtype=torch.float64)])
         targets = torch.cat([activations @ weight + lacking, damping**0.5 * weight[kept]])
         if found.shift is not None:
@@ -231,7 +248,7 @@ def test_every_layer_is_fitted_on_what_the_pruned_layers_before_it_put_out(famil
 
 
 def damping_unit(activations, batches):
-    """Mean diagonal of the Gram matrix of the batches that are fitted on."""
+    """Mean diagonal of the kept neurons' Gram matrix over the batches that are fitted on."""
     sizes = [int(batch.real.sum()) for batch in batches]
     train = [rows for i, rows in enumerate(activations.split(sizes)) if i % 8 != 7]
     return torch.cat(train).square().sum(0).mean()
