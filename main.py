@@ -68,7 +68,7 @@ def run(argv: list[str] | None) -> None:
                 batches = tape.collate(samples, args.batch_size)
                 with loaded.hidden_states() as hidden:
                     found = prune.score(loaded.model, loaded.layers, batches, method, args.neuron_score, kept,
-                                        loaded.placement, hidden)  # fmt: skip
+                                        loaded.placement, hidden, args.seed)  # fmt: skip
         parallel.stop()
         if not parallel.is_main():
             return

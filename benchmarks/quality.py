@@ -1,105 +1,372 @@
-"""Perplexity of every method, ratio and scope on one model, beside the dense model; nothing is compensated.
+"""What is left of a model: every method, ratio and compensation, over several seeds, beside the dense model.
 
-What methods have in common (sums of saliencies, means of activations) is computed once and serves all ratios.
+A model is pruned again and again and measured: perplexity on wikitext2 test and on text of another kind, and accuracy
+on multiple-choice sets. Each finished row stands in OUT/quality.csv; a run that was stopped goes on after it, and runs
+with other seeds may fill the same file at the same time. OUT/quality.md and OUT/quality.png show the rows that the
+command asks for, mean and spread over the seeds.
 
-    python benchmarks/quality.py --model MODEL --nsamples 32 --seqlen 512 --eval_seqlen 1024 --eval_windows 12
+A row is METHOD, with what is to be fixed behind colons: a neuron score, `layer` or `global`, a compensation. What is
+left open is run in every way that --scopes and --compensate name:
+
+    python benchmarks/quality.py --model MODEL --methods structured_flap:bias structured_afr:token_fisher:global
 """
 
 import argparse
 import copy
+import fcntl
+import itertools
 import sys
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib import baselines, builder, data, evaluate, prune, tape  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from lib import builder, choices, compensate, data, evaluate, memory, prune, steps, tape  # noqa: E402
+from lib.errors import UserError  # noqa: E402
 from lib.mlp import find_layers  # noqa: E402
 from lib.sums import open_scores  # noqa: E402
 from lib.vectors import ModelVector  # noqa: E402
+
+SCOPES = ("layer", "global")
+KEY = ["method", "neuron_score", "scope", "ratio", "compensation", "seed", "nsamples", "seqlen"]
+FACTS = ["mlp_sparsity", "model_sparsity", "narrowest", "widest", "score_seconds", "compensate_seconds", "peak_mib"]
+DEFAULT_METHODS = [m.name for m in prune.METHODS.values() if m.structured and not m.sees]
 
 
 def parse() -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--dataset", default="wikitext2")
-    parser.add_argument("--data_dir", default="data_local")
+    parser.add_argument("--model", required=True, help="a name of the Hub, a folder, or a .gguf file")
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, metavar="METHOD[:...]")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5])
-    parser.add_argument("--weight_ratios", type=float, nargs="*", default=[0.5])
-    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
+    parser.add_argument("--compensate", nargs="+", choices=compensate.KINDS, default=["none"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="draws of the calibration samples")
+    parser.add_argument("--dataset", default="wikitext2", help="calibration set")
+    parser.add_argument("--data_dir", default="data_local")
+    parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--eval_seqlen", type=int, default=1024)
-    parser.add_argument("--eval_windows", type=int)
-    parser.add_argument("--neuron_score", choices=list(prune.NEURON_SCORES), default="trimmed_mean")
+    parser.add_argument("--eval_windows", type=int, help="of each text [default: all]")
+    parser.add_argument("--text", default="hellaswag", choices=list(choices.SETS), help="text of another kind")
+    parser.add_argument("--tasks", nargs="*", default=[], choices=list(choices.SETS))
+    parser.add_argument("--task_seeds", type=int, help="measure accuracies with the first seeds only, to save time")
+    parser.add_argument("--limit", type=int, help="questions of each task [default: all]")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--out", default="logs/quality", type=Path)
     return parser.parse_args()
 
 
-def all_scores(args, loaded, samples, methods: list[prune.Method], stores: ExitStack) -> dict[str, ModelVector]:
-    """The scores of every method by its name; methods with the same sums share them."""
-    sums = {}
-    for kind in dict.fromkeys(m.reduction_name(args.neuron_score) for m in methods):
-        alike = [m for m in methods if m.reduction_name(args.neuron_score) == kind]
-        widest = max(alike, key=lambda m: len(m.summed))
-        kept = stores.enter_context(open_scores(None, {}, prune.sum_shapes(loaded.layers, widest)))
-        sums[kind] = baselines.of_weights(prune.blocks_of(loaded.layers), args.seed) | prune.score(
-            loaded.model, loaded.layers, tape.collate(samples, 1), widest, args.neuron_score, kept, loaded.placement
+# --- what is asked for ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pruned model, by the names of `KEY`. The dense one has no seed."""
+
+    method: str
+    neuron_score: str
+    scope: str
+    ratio: float
+    compensation: str
+    seed: int
+    nsamples: int
+    seqlen: int
+
+    @property
+    def name(self) -> str:
+        """How the tables call the method."""
+        own = self.neuron_score not in ("", "trimmed_mean")
+        return f"{self.method}, {self.neuron_score}" if own else self.method
+
+
+def rows_of(args: argparse.Namespace) -> list[Row]:
+    """The dense model, then every row that is asked for, seed by seed. Raises UserError for an unknown word."""
+    found = [Row("dense", "", "", 0.0, "none", -1, 0, 0)]
+    for seed, written, ratio in itertools.product(args.seeds, args.methods, args.ratios):
+        name, *fixed = written.split(":")
+        if name not in prune.METHODS:
+            raise UserError(f"--methods {written}: unknown; choose {', '.join(prune.METHODS)}")
+        scopes, kinds = ([word for word in fixed if word in known] for known in (SCOPES, compensate.KINDS))
+        neuron_scores = [word for word in fixed if word in prune.NEURON_SCORES]
+        unknown = set(fixed) - {*scopes, *kinds, *neuron_scores}
+        if unknown:
+            raise UserError(f"--methods {written}: '{unknown.pop()}' is no neuron score, scope or compensation")
+        if not prune.METHODS[name].structured:
+            kinds = ["none"]
+        if not prune.METHODS[name].by_gradients or prune.METHODS[name].fixed_score:
+            neuron_scores = [""]
+        for choice in itertools.product(
+            neuron_scores or ["trimmed_mean"], scopes or args.scopes, [ratio], kinds or args.compensate
+        ):
+            found.append(Row(name, *choice, seed, args.nsamples, args.seqlen))
+    return list(dict.fromkeys(found))
+
+
+# --- what is measured -------------------------------------------------------------------------------
+
+
+class Bench:
+    """One model, its calibration draws, and what every row is measured on."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.calibration = data.Calibration(args.dataset, args.data_dir)
+        self.loaded = builder.load(args.model, args.dtype, args.cuda, seqlen=args.seqlen)
+        self.windows = self._windows()
+        self.dense = evaluate.size(self.loaded.model, self.loaded.layers)
+        self._samples: dict[int, list[Tensor]] = {}
+
+    def _windows(self) -> dict[str, Tensor]:
+        """The texts, `[windows, tokens]` each."""
+        args, loaded = self.args, self.loaded
+        seqlen = min(args.eval_seqlen, builder.context_length(loaded.model.config))
+        own, source = data.held_out_windows(
+            self.calibration, loaded.model, loaded.tokenizer, seqlen, args.eval_windows, 0
         )
-    return {m.name: m.scores(sums[m.reduction_name(args.neuron_score)], args.neuron_score) for m in methods}
+        rows = data.open_split(args.text, choices.SETS[args.text].split, args.data_dir)
+        ids = data.tokenize(loaded.tokenizer, "\n\n".join(map(data.SETS[args.text].sample, rows)))
+        other = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[: args.eval_windows]
+        if not len(other):
+            raise UserError(f"--text {args.text}: it has {len(ids)} tokens, fewer than one window of {seqlen}")
+        return {source.split()[0]: own, f"{args.text} text": other}
+
+    def samples(self, seed: int) -> list[Tensor]:
+        """The calibration samples of a seed."""
+        if seed not in self._samples:
+            self._samples = {seed: self.calibration.samples(
+                self.loaded.model, self.loaded.tokenizer, self.args.nsamples, self.loaded.seqlen, seed
+            )}  # fmt: skip
+        return self._samples[seed]
+
+    def sums(self, row: Row) -> tuple[dict[str, ModelVector], dict]:
+        """What the row's method sums over the samples, computed once per seed and kind; and what that took."""
+        method, args, samples = prune.METHODS[row.method], self.args, self.samples(row.seed)
+        took = {"score_seconds": 0.0, "peak_mib": 0.0}
+        if not method.summed:
+            return {}, took
+        alike = [m for m in prune.METHODS.values() if not m.sees and m.structured == method.structured and m.summed]
+        kind = method.reduction_name(row.neuron_score)
+        alike = [m for m in alike if m.reduction_name(row.neuron_score) == kind]
+        widest = max(alike, key=lambda m: len(m.summed))
+        facts = {"set": args.dataset, "samples": len(samples), "sha256": data.fingerprint(samples)}
+        asked = argparse.Namespace(neuron_score=row.neuron_score, batch_size=1, towers="both", seed=row.seed)
+        path = args.out / f"{'structured' if method.structured else 'weights'}-{kind.split()[-1]}-{row.seed}.scores"
+        key = steps.score_key(asked, self.loaded, facts, widest)
+        shapes = prune.sum_shapes(self.loaded.layers, widest)
+        noted = path.with_suffix(".csv")
+        with open_scores(str(path), key, shapes) as kept, timed(self.loaded.model.device, took, "score_seconds"):
+            done = kept.is_complete
+            sums = prune.score(self.loaded.model, self.loaded.layers, tape.collate(samples, 1), widest,
+                               row.neuron_score, kept, self.loaded.placement, seed=row.seed)  # fmt: skip
+        if not done:
+            pd.DataFrame([took]).to_csv(noted, index=False)
+        return sums, pd.read_csv(noted).iloc[0].to_dict() if noted.exists() else took
+
+    def measure(self, row: Row, measures: Sequence[str]) -> dict[str, object]:
+        """Prune a copy as the row says, and measure it."""
+        if row.method == "dense":
+            facts = dict.fromkeys(FACTS, 0.0) | {"narrowest": min(self.dense.widths), "widest": max(self.dense.widths)}
+            return facts | self.quality(self.loaded.model, measures)
+        method, args = prune.METHODS[row.method], self.args
+        sums, took = self.sums(row)
+        model = copy.deepcopy(self.loaded.model)
+        layers = find_layers(model)
+        selection = prune.select(layers, sums, method, row.ratio, row.scope == "global", row.neuron_score,
+                                 seed=row.seed)  # fmt: skip
+        took["compensate_seconds"] = 0.0
+        if row.compensation != "none":
+            batches = tape.collate(self.samples(row.seed), compensate.batch_size(args.nsamples))
+            with timed(self.loaded.model.device, took, "compensate_seconds"):
+                compensate.compensate(model, layers, selection, batches, row.compensation)
+        prune.remove(model, layers, selection)
+        after = evaluate.size(model, layers)
+        kept = after.mlp if method.structured else selection.n_kept()
+        gone = max(self.dense.mlp - kept, self.dense.total - after.total)
+        shares = {"mlp_sparsity": 1 - kept / self.dense.mlp, "model_sparsity": gone / self.dense.total}
+        widths = {"narrowest": min(after.widths), "widest": max(after.widths)}
+        return shares | widths | took | self.quality(model, measures)
+
+    def wanted(self, row: Row) -> list[str]:
+        """The measures that are asked for: every text, and the tasks unless the seed is spared them."""
+        spared = row.method != "dense" and row.seed not in self.args.seeds[: self.args.task_seeds]
+        return [*self.windows, *([] if spared else self.args.tasks)]
+
+    def quality(self, model: nn.Module, measures: Sequence[str]) -> dict[str, float]:
+        """Perplexity on texts, accuracy on tasks."""
+        return {
+            name: evaluate.perplexity(model, self.windows[name], name)
+            if name in self.windows
+            else choices.accuracy(model, self.loaded.tokenizer, name, self.args.data_dir, self.args.limit)
+            for name in measures
+        }
 
 
-def pruned_perplexity(model, scores, structured: bool, ratio: float, across: bool, windows) -> tuple[float, float]:
-    """Perplexity, and the sparsity of the whole model, of a copy pruned by these scores."""
-    pruned = copy.deepcopy(model)
-    layers = find_layers(pruned)
-    before = evaluate.size(pruned, layers)
-    if structured:
-        selection = prune.select_neurons(list(scores), ratio, across)
-    else:
-        selection = prune.select_weights(scores, ratio, across)
-    prune.remove(pruned, layers, selection)
-    gone = before.total - evaluate.size(pruned, layers).total if structured else before.mlp - selection.n_kept()
-    return evaluate.perplexity(pruned, windows), gone / before.total
+@contextmanager
+def timed(device: torch.device, took: dict[str, float], name: str) -> Iterator[None]:
+    """Write the seconds of what is done meanwhile, and the peak memory where it is the highest so far."""
+    start, peak = time.perf_counter(), {}
+    with memory.peak_memory(device, peak, name):
+        yield
+    took[name] = time.perf_counter() - start
+    took["peak_mib"] = max(took["peak_mib"], peak[name] / 2**20)
+
+
+# --- what is kept -----------------------------------------------------------------------------------
+
+
+class Results:
+    """Rows in a CSV file, which several runs may fill at the same time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def read(self) -> pd.DataFrame:
+        """All rows, by their keys."""
+        if not self.path.exists():
+            return pd.DataFrame(columns=KEY).set_index(KEY)
+        return pd.read_csv(self.path, keep_default_na=False, na_values=["nan"]).set_index(KEY).sort_index()
+
+    def put(self, row: Row, measured: dict[str, object]) -> None:
+        """Add to what is known of a row."""
+        with open(self.path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = self.read().to_dict("index")
+            found.setdefault(astuple(row), {}).update(measured)
+            frame = pd.DataFrame([dict(zip(KEY, key, strict=True)) | values for key, values in found.items()])
+            unfinished = self.path.with_suffix(".new")
+            frame.to_csv(unfinished, index=False, na_rep="nan", float_format="%.6g")
+            unfinished.replace(self.path)
+
+    def missing(self, row: Row, wanted: Sequence[str]) -> list[str]:
+        """The measures that are not known of a row."""
+        found = self.read()
+        if astuple(row) not in found.index:
+            return list(wanted)
+        known = found.loc[[astuple(row)]].iloc[0]
+        return [name for name in wanted if pd.isna(known.get(name))]
+
+
+# --- what is shown ----------------------------------------------------------------------------------
+
+
+def summary(args: argparse.Namespace, rows: Sequence[Row], results: Results, texts: Sequence[str]) -> str:
+    """Markdown: what was measured on what, a table per measure, a table of sizes and costs."""
+    found = results.read()
+    dense = found.loc[[astuple(rows[0])]].iloc[0]
+    found = found.loc[[astuple(row) for row in rows[1:]]].reset_index()
+    found.insert(0, "name", [row.name for row in rows[1:]])
+    measures = [name for name in (*texts, *args.tasks) if name in found]
+    found["accuracy"] = found[list(args.tasks)].mean(axis=1, skipna=False) if args.tasks else float("nan")
+    parts = [
+        f"{Path(args.model).name}; calibration: {args.dataset}, {args.nsamples} samples of {args.seqlen} tokens, seeds "
+        f"{', '.join(map(str, args.seeds))}: mean ± standard deviation. Perplexity on windows of {args.eval_seqlen} "
+        f"tokens. Dense: {', '.join(f'{name} {_number(dense[name], name)}' for name in measures)}."
+    ]
+    titles = {name: f"{name}, {'accuracy' if name in args.tasks else 'perplexity'}" for name in measures}
+    if len(args.tasks) > 1:
+        titles["accuracy"] = "accuracy, mean of the tasks"
+    parts.extend(f"{title}:\n\n{_pivot(found, name)}" for name, title in titles.items())
+    parts.append(f"sizes and costs:\n\n{_facts(found)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _number(value: float, name: str) -> str:
+    return f"{value:.1%}" if name in (*choices.SETS, "accuracy") else f"{value:.2f}" if value < 1000 else f"{value:.0f}"
+
+
+def _pivot(found: pd.DataFrame, name: str) -> str:
+    """Methods down, ratios and compensations across; the best of a column in bold."""
+    across = list(dict.fromkeys(zip(found["ratio"], found["compensation"])))
+    groups = found.groupby(["name", "scope", "ratio", "compensation"], sort=False)[name]
+    mean, spread = groups.mean(), groups.std()
+    best = mean.groupby(level=["ratio", "compensation"]).agg("max" if name in (*choices.SETS, "accuracy") else "min")
+    lines = [["method", "", *(f"{ratio:.0%} {kind}" for ratio, kind in across)]]
+    for method, scope in dict.fromkeys(zip(found["name"], found["scope"])):
+        cells = []
+        for column in across:
+            value = mean.get((method, scope, *column), float("nan"))
+            text = "" if pd.isna(value) else _number(value, name)
+            off = spread.get((method, scope, *column), float("nan"))
+            text += "" if pd.isna(off) else f" ± {_number(off, name)}"
+            cells.append(f"**{text}**" if text and value == best[column] else text)
+        lines.append([method, scope, *cells])
+    return _markdown(lines)
+
+
+def _facts(found: pd.DataFrame) -> str:
+    """A line for every method, ratio and compensation: means over the seeds."""
+    head = ["method", "", "removed", "", "of the MLPs", "of the model", "widths", "s scoring", "s fitting", "peak MiB"]
+    lines = [head]
+    for (method, scope, ratio, kind), rows in found.groupby(["name", "scope", "ratio", "compensation"], sort=False):
+        mean = rows[FACTS].mean()
+        lines.append([
+            method, scope, f"{ratio:.0%}", kind, f"{mean.mlp_sparsity:.1%}", f"{mean.model_sparsity:.1%}",
+            f"{rows.narrowest.min():.0f} to {rows.widest.max():.0f}", f"{mean.score_seconds:.0f}",
+            f"{mean.compensate_seconds:.0f}", f"{mean.peak_mib:.0f}",
+        ])  # fmt: skip
+    return _markdown(lines)
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
+
+
+def plot(rows: Sequence[Row], results: Results, text: str, path: Path) -> None:
+    """Perplexity of every method as dots, a panel per ratio, a colour per compensation; the dense model as a line."""
+    from matplotlib.figure import Figure
+
+    found = results.read()
+    dense = found.loc[[astuple(rows[0])]].iloc[0][text]
+    found = found.loc[[astuple(row) for row in rows[1:]]].reset_index()
+    found["label"] = [f"{row.name}, {row.scope}" for row in rows[1:]]
+    ratios, kinds = found["ratio"].unique(), list(found["compensation"].unique())
+    labels = list(found.groupby("label")[text].min().sort_values(ascending=False).index)
+    figure = Figure(figsize=(4 + 4 * len(ratios), 1.5 + 0.3 * len(labels)), layout="constrained")
+    for axes, ratio in zip(figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0], ratios):
+        for number, kind in enumerate(kinds):
+            some = found[(found["ratio"] == ratio) & (found["compensation"] == kind)].groupby("label")[text]
+            places = [labels.index(label) + 0.15 * (number - (len(kinds) - 1) / 2) for label in some.mean().index]
+            axes.errorbar(some.mean(), places, xerr=some.std().fillna(0), fmt="o", markersize=4, label=kind)
+        axes.axvline(dense, color="grey", linestyle="--", label="dense")
+        axes.set(xscale="log", xlabel=f"perplexity, {text}", title=f"{ratio:.0%} of the MLP neurons removed")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Score once per kind, prune and measure every combination, print one Markdown table per kind."""
+    """Measure what is not known yet, then show everything that was asked for."""
     args = parse()
     builder.quiet_libraries()
-    calibration = data.Calibration(args.dataset, args.data_dir)
-    loaded = builder.load(args.model, args.dtype, args.cuda, seqlen=args.seqlen)
-    samples = calibration.samples(loaded.model, loaded.tokenizer, args.nsamples, loaded.seqlen, args.seed)
-    windows, source = data.held_out_windows(
-        calibration, loaded.model, loaded.tokenizer, args.eval_seqlen, args.eval_windows, args.seed
-    )
-    dense = evaluate.perplexity(loaded.model, windows)
-    print(
-        f"{Path(args.model).name}, {loaded.model.dtype}; calibration: {args.dataset}, {len(samples)} samples of "
-        f"{loaded.seqlen} tokens, seed {args.seed}; perplexity on {source}, {len(windows)} windows of "
-        f"{windows.shape[1]} tokens; dense {dense:.2f}\n"
-    )
-    for structured, ratios in ((True, args.ratios), (False, args.weight_ratios)):
-        if ratios:
-            print_table(args, loaded, samples, windows, structured, ratios)
-
-
-def print_table(args, loaded, samples, windows, structured: bool, ratios: list[float]) -> None:
-    """One Markdown table: a row per method of this kind, a column per ratio and scope."""
-    columns = [(ratio, across) for ratio in ratios for across in (False, True)]
-    methods = [m for m in prune.METHODS.values() if m.structured == structured and not m.sees]
-    with ExitStack() as stores:
-        rows = all_scores(args, loaded, samples, methods, stores)
-        scope = ("per layer" if structured else "per matrix", "global")
-        print("| method | " + " | ".join(f"{ratio:.0%} {scope[across]}" for ratio, across in columns) + " |")
-        print("|---" * (len(columns) + 1) + "|")
-        for name, scores in rows.items():
-            found = [pruned_perplexity(loaded.model, scores, structured, *column, windows) for column in columns]
-            print(f"| `{name}` | " + " | ".join(f"{value:.2f}" for value, _ in found) + " |", flush=True)
-    print("| sparsity of the whole model | " + " | ".join(f"{share:.1%}" for _, share in found) + " |\n", flush=True)
+    rows, results = rows_of(args), Results(args.out / "quality.csv")
+    bench = Bench(args)
+    with tqdm(rows, unit="row", desc="quality") as bar:
+        for row in bar:
+            bar.set_postfix_str(f"{row.name} {row.scope} {row.ratio:.0%} {row.compensation} seed {row.seed}")
+            missing = results.missing(row, bench.wanted(row))
+            if missing:
+                results.put(row, bench.measure(row, missing))
+    text = summary(args, rows, results, list(bench.windows))
+    (args.out / "quality.md").write_text(text)
+    plot(rows, results, next(iter(bench.windows)), args.out / "quality.png")
+    print(text)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -25,6 +25,7 @@ from lib.prune import Selection, blocks_of
 KEPT_NEURONS = "kept_neurons.safetensors"
 KEPT_WEIGHTS = "kept_weights.safetensors"
 REPORT = "pruning.json"
+PAGE = "report.html"
 MODEL_BIN = "model.bin"
 
 
@@ -265,6 +266,11 @@ def save_report(folder: Path, report: dict) -> None:
     text = json.dumps(_finite(report), indent=2, allow_nan=False)
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+
+
+def save_page(folder: Path, page: str) -> None:
+    """Write `report.html`."""
+    (folder / PAGE).write_text(page, encoding="utf-8")
 
 
 def _finite(value):

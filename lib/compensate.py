@@ -3,8 +3,8 @@
 The pruned model's own layers feed each other: layer i is fitted on what the layers before it, already pruned and
 refitted, put out. Its target is its own dense output there and, beside it, a share of what the stream lacks of the
 dense model's. All that a fit keeps of the samples is one Gram matrix of the layer's kept neurons; those held out are
-checked on as they pass, and then added. Only one layer's weights are at work at a time, wherever they are kept. The model changes in
-place, and `lib.prune.remove` then cuts off what has become zero.
+checked on as they pass, and then added. Only one layer's weights are at work at a time, wherever they are kept. The
+model changes in place, and `lib.prune.remove` then cuts off what has become zero.
 """
 
 import copy

@@ -126,7 +126,7 @@ def _add_structured(group):
         default="trimmed_mean",
         help="structured methods: how a neuron's weight saliencies become one number. trimmed_mean is "
         "the method's own; abs_sum often does better at low ratios; token_fisher adds up the squared slopes of single "
-        "tokens in A_CE, and takes A_FO by abs_sum",
+        "tokens, with labels drawn from the model, in A_CE, and takes A_FO by abs_sum",
     )
     group.add_argument(
         "--towers",
@@ -216,6 +216,12 @@ def _add_saving(group):
         action="store_true",
         help="do not load the result back and compare its logits with the pruned model's",
     )
+    group.add_argument(
+        "--report",
+        action="store_true",
+        help="write report.html beside the result: a page with the widths, the scores and what was measured, to look "
+        "at in any browser",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace what stands in --save_model")
 
 
@@ -268,6 +274,8 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UserError(f"--{name} {value}: must be at least {minimum}")
+    if args.report and not args.save_model:
+        raise UserError("--report: is written beside the result; add --save_model DIR")
     _check_sight(args)
     _check_compensation(args)
     if args.scores and not METHODS[args.prune_method].summed:

@@ -82,14 +82,16 @@ def token_fisher(activations: Tensor, left_grad: Tensor, weight: Tensor) -> Tens
     """`sum_t (h_j dL/dh_j)^2` of every neuron, `[d_ff]`, float32: twice what its removal costs, to second order.
 
     `activations` `[tokens, d_ff]` enter the output projection `weight` `[d_ff, d]`, `left_grad` `[tokens, d]` is dL/d
-    of what leaves it. With a gate on the neuron's output, `h_j dL/dh_j` is a token's slope along it, and the sum the
-    empirical Fisher information (Theis et al. 2018; Molchanov et al. 2019).
+    of what leaves it. With a gate on the neuron's output, `h_j dL/dh_j` is a token's slope along it, and the sum, over
+    labels that the model itself predicts, the Fisher information: the curvature of the divergence from the model as it
+    is (Theis et al. 2018; Kunstner et al. 2019).
     """
     return (activations.float() * (left_grad @ weight.t().to(left_grad.dtype)).float()).square().sum(0)
 
 
 NEURON_SCORES = {function.__name__: function for function in (trimmed_mean, snr, abs_sum)}
 NEURON_SCORES[token_fisher.__name__] = abs_sum  # of the first-order objective, which has no loss per token
+# Neuron scores of single tokens' slopes. Their labels are drawn from the model: those of the data do worse.
 OF_TOKENS = {token_fisher.__name__: {CROSS_ENTROPY: token_fisher}}
 
 
@@ -326,10 +328,12 @@ def score(
     kept: InMemory | ScoreFile,
     placement: Placement | None = None,
     hidden: HiddenStates | None = None,
+    seed: int = 0,
 ) -> dict[str, ModelVector]:
     """Bring `kept` to the sums that the method's formula takes, and return them: a vector per objective.
 
-    Of several processes each scores its share of the batches. What `kept` holds already is not computed again.
+    Of several processes each scores its share of the batches. What `kept` holds already is not computed again. `seed`
+    is of labels that are drawn (see `OF_TOKENS`).
     """
     names = [layer.name if layer.block is None else layer.block.name for layer in layers]
     if not kept.is_complete:
@@ -338,7 +342,10 @@ def score(
             walk = kept.earlier(len(own)) or Walk.start(len(layers), len(own), method.summed)
             reduction = method.reduction(neuron_score)
             of_tokens = OF_TOKENS.get(method.reduction_name(neuron_score))
-            walking = saliency_sums(model, layers, own, method.summed, reduction, placement, hidden, walk, of_tokens)
+            draws = seed if of_tokens else None
+            walking = saliency_sums(
+                model, layers, own, method.summed, reduction, placement, hidden, walk, of_tokens, draws
+            )
             for index, sums in walking:
                 parallel.add_up(sums[objective] for objective in method.summed)
                 kept.put({tensor_name(names[index], objective): value for objective, value in sums.items()}, walk)

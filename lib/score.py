@@ -7,6 +7,7 @@ which objectives it needs and how the saliencies of one layer are reduced.
 """
 
 import inspect
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ def saliency_sums(
     store: HiddenStates | None = None,
     walk: Walk | None = None,
     of_tokens: dict[str, OfTokens] | None = None,
+    draws: int | None = None,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yield `(layer index, {objective: sum over samples of reduce(Q)})` from the last layer to the first.
 
@@ -92,7 +94,9 @@ def saliency_sums(
     batch size. `FIRST_ORDER` is the mean singular value of each projection's output, summed over all
     projections of the model, with one gradient per batch. The sums are on the CPU.
 
-    The objectives in `of_tokens` are summed by what stands there instead of `reduce`.
+    The objectives in `of_tokens` are summed by what stands there instead of `reduce`. With `draws`, a seed, the
+    cross-entropy is that of labels drawn from what the model itself predicts: its slopes' squares are then the
+    curvature of the divergence from the model as it is (Kunstner et al. 2019).
 
     `walk` is brought up to date before every yield; one that was kept goes on where it stood. Without batches the
     sums are zero.
@@ -112,7 +116,7 @@ def saliency_sums(
             if tower.stop <= first or tower.start >= walk.index:
                 continue
             if walk.index == tower.stop:
-                _arrive(model, layers, tower, batches, tape, walk, placement)
+                _arrive(model, layers, tower, batches, tape, walk, placement, draws)
             for index in reversed(range(max(tower.start, first), walk.index)):
                 bar.set_postfix_str(f"{layers[index].name.rpartition('.')[0]} {index}, {_peak(placement.main)}")
                 if index > walk.reached:  # the model does not use what this layer computes
@@ -131,7 +135,7 @@ def _peak(device: torch.device) -> str:
     return f"peak {peak_bytes(device) / GIB:.1f} GiB"
 
 
-def _arrive(model, layers, tower: range, batches, tape: Tape, walk: Walk, placement: Placement) -> None:
+def _arrive(model, layers, tower: range, batches, tape: Tape, walk: Walk, placement: Placement, draws) -> None:
     """Bring the cotangents to the outputs of a tower's layers, from outside it."""
     main, walk.arriving = placement.main, {}
     behind = layers[tower.stop :]
@@ -142,7 +146,7 @@ def _arrive(model, layers, tower: range, batches, tape: Tape, walk: Walk, placem
             found = bridge_cotangents(model, layers, tower, batch.to(main), outputs, above, tape.tuples)
         elif CROSS_ENTROPY in walk.pulled:
             last = tape.output(tower.stop - 1, number).to(main)
-            cotangent = cross_entropy_cotangent(model, layers, batch.to(main), last, tape.tuples)
+            cotangent = cross_entropy_cotangent(model, layers, batch.to(main), last, tape.tuples, draws)
             found = {tower.stop - 1: {CROSS_ENTROPY: cotangent}}
         else:
             found = {tower.stop - 1: {}}
@@ -238,13 +242,19 @@ def _reduce(weights: list[Tensor], gradients: list[Tensor], reduce: Reduce, tota
 
 
 def cross_entropy_cotangent(
-    model: nn.Module, layers: Sequence[Layer], batch: Batch, hidden: Tensor, tuples: bool = False
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batch: Batch,
+    hidden: Tensor,
+    tuples: bool = False,
+    draws: int | None = None,
 ) -> Tensor:
     """d(sum over samples of the mean next-token cross-entropy) / d(last layer's output), `[batch, tokens, d]`.
 
     `hidden` is the last layer's output; `tuples` says that layers return tuples. Everything behind the layers
     (final norm, head, soft-capping) is the model's own code: it is called with layers that only hand `hidden`
-    on, for a piece of the positions at a time where the model can (`logits_to_keep`).
+    on, for a piece of the positions at a time where the model can (`logits_to_keep`). `draws` is the seed of labels
+    that take the place of the batch's own.
     """
     hidden = hidden.detach().requires_grad_()
     labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)  # [batch, tokens]: what each position predicts
@@ -252,24 +262,40 @@ def cross_entropy_cotangent(
     total = torch.zeros_like(hidden)
     scale = FLOAT16_LOSS_SCALE if hidden.dtype == torch.float16 else 1.0
     handed = [hidden if layer.tower == layers[-1].tower else None for layer in layers]
+    generator = None if draws is None else _generator(draws, batch)
     for positions in _positions(model, hidden):
         keep = {} if positions is None else {"logits_to_keep": positions}
         with handing_on(layers, handed, tuples), torch.enable_grad():
             logits = model(**batch.inputs, use_cache=False, **keep).logits
         targets = labels if positions is None else labels[:, positions]
-        slope = _softmax_cross_entropy_slope(logits.detach(), targets, scale / counts)
+        slope = _softmax_cross_entropy_slope(logits.detach(), targets, scale / counts, generator)
         total += torch.autograd.grad(logits, hidden, slope)[0]
     return total
 
 
-def _softmax_cross_entropy_slope(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def _generator(seed: int, batch: Batch) -> torch.Generator:
+    """Draws that depend on what is in the batch and not on its place, which differs with the number of processes."""
+    ids = batch.inputs["input_ids"]
+    return torch.Generator(ids.device).manual_seed(zlib.crc32(ids.cpu().numpy().tobytes(), seed))
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """An index drawn from each row of `[..., vocabulary]`, `[...]`."""
+    rows = probabilities.flatten(0, -2)
+    return torch.multinomial(rows, 1, generator=generator).view(probabilities.shape[:-1])
+
+
+def _softmax_cross_entropy_slope(
+    logits: Tensor, targets: Tensor, weights: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """d(weighted sum of the cross-entropies) / d(logits): `weight * (softmax - onehot)`, 0 where a target is IGNORE.
 
-    `[batch, tokens, vocabulary]`, `[batch, tokens]`, `[batch, 1]`. Written out, since it takes half the memory
-    traffic of going through `log_softmax` and back.
+    `[batch, tokens, vocabulary]`, `[batch, tokens]`, `[batch, 1]`. With a generator the targets are drawn. Written
+    out, since it takes half the memory traffic of going through `log_softmax` and back.
     """
     slope = torch.softmax(logits, -1, dtype=torch.float32)
     weights = (weights * (targets != IGNORE))[..., None]
+    targets = targets if generator is None else draw(slope, generator)
     slope.scatter_add_(-1, targets.clamp_min(0)[..., None], slope.new_tensor(-1.0).expand(*targets.shape, 1))
     return slope.mul_(weights).to(logits.dtype)
 

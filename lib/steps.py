@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lib import builder, checkpoint, data, evaluate, memory, prune, tape
+from lib import builder, checkpoint, data, evaluate, memory, prune, report, tape
 from lib import compensate as compensation
 from lib.builder import Loaded
 from lib.compensate import Fit
@@ -67,6 +67,10 @@ def prune_at(
     """Select, compensate and remove at one ratio; what stayed, and what was refitted."""
     with result.phase("prune"):
         selection = select(args, loaded, sums, ratio)
+    if args.report and sums is not None:
+        with result.phase("report"):
+            method = prune.METHODS[args.prune_method]
+            result.pictures = report.pictures(loaded.layers, sums, method, args.neuron_score, selection, args.seed)
     compensated = args.compensate != "none" and ratio > 0
     fits = compensate(args, loaded, selection, samples, result) if compensated else None
     with result.phase("prune"):
@@ -135,4 +139,6 @@ def save(
             checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
             result.verified = True
         checkpoint.save_report(folder, result.report())
+        if args.report:
+            checkpoint.save_page(folder, report.page(result.report(), result.pictures))
     result.bytes_on_disk = checkpoint.bytes_on_disk(target, formats)

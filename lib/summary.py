@@ -42,6 +42,7 @@ class Run:
     speed: dict[str, Speed] = field(default_factory=dict)
     score_file: dict = field(default_factory=dict)  # path and whether its scores were there already
     fits: dict[str, list] = field(default_factory=dict)  # what compensation came to, per MLP
+    pictures: list = field(default_factory=list)  # what `report.html` draws, per tower (`lib.report.Picture`)
     verified: bool = False
     bytes_on_disk: dict[str, int] = field(default_factory=dict)
 
