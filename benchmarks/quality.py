@@ -41,7 +41,7 @@ FACTS = ["mlp_sparsity", "model_sparsity", "narrowest", "widest", "score_seconds
 DEFAULT_METHODS = [m.name for m in prune.METHODS.values() if m.structured and not m.sees]
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of this benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a name of the Hub, a folder, or a .gguf file")
@@ -63,7 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--out", default="logs/quality", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 # --- what is asked for ------------------------------------------------------------------------------
@@ -347,9 +347,9 @@ def plot(rows: Sequence[Row], results: Results, text: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is not known yet, then show everything that was asked for."""
-    args = parse()
+    args = parse(argv)
     builder.quiet_libraries()
     rows, results = rows_of(args), Results(args.out / "quality.csv")
     bench = Bench(args)

@@ -191,8 +191,10 @@ class Run:
         sizes = [f"{forms[form]} {_size(size)}" for form, size in self.bytes_on_disk.items()]
         checked = "loaded back, same logits" if self.verified else "not verified"
         script = "lmms-eval.sh" if METHODS[self.args["prune_method"]].sees else "test.sh"
+        page = [("report", f"{folder}/report.html")] if self.args["report"] else []
         return [
             ("saved", f"{folder}  ({', '.join(sizes)}; {checked})"),
+            *page,
             ("evaluate", f"PRUNED={shlex.quote(str(folder))} bash {script}"),
         ]
 

@@ -1,0 +1,85 @@
+"""The table of qualities on a tiny model: what it measures, that it goes on where it stopped, what it shows."""
+
+import importlib.util
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from lib.errors import UserError
+
+SPEC = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
+quality = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(quality)
+
+METHODS = ["structured_flap:layer:bias", "structured_snip:token_fisher:global"]
+
+
+@pytest.fixture(scope="module")
+def command(tiny_model, data_dir, tmp_path_factory):
+    return ["--model", str(tiny_model("llama")), "--data_dir", str(data_dir), "--nsamples", "4", "--seqlen", "16",
+            "--eval_seqlen", "24", "--eval_windows", "2", "--compensate", "none", "auto", "--tasks", "arc_easy",
+            "--limit", "3", "--task_seeds", "1", "--ratios", "0.25", "--dtype", "float32",
+            "--out", str(tmp_path_factory.mktemp("quality"))]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(command):
+    quality.main([*command, "--seeds", "0", "1", "--methods", *METHODS])
+    return pd.read_csv(f"{command[-1]}/quality.csv", keep_default_na=False, na_values=["nan"])
+
+
+def asked(command, *methods):
+    return quality.rows_of(quality.parse([*command, "--methods", *methods]))[1:]
+
+
+def test_what_a_row_leaves_open_is_run_in_every_way(command):
+    found = asked(command, "structured_afr:abs_sum")
+    assert [(r.neuron_score, r.scope, r.compensation) for r in found] == [
+        ("abs_sum", scope, kind) for scope in ("layer", "global") for kind in ("none", "auto")
+    ]
+    assert len(asked(command, "structured_wanda:layer")) == 2
+    assert [r.compensation for r in asked(command, "afr:global")] == ["none"]  # single weights
+
+
+@pytest.mark.parametrize("written, wrong", [("structured_best", "unknown"), ("structured_afr:locl", "'locl'")])
+def test_a_wrong_word_is_named(command, written, wrong):
+    with pytest.raises(UserError, match=wrong):
+        asked(command, written)
+
+
+def test_every_row_is_measured_once_with_what_it_is_asked(measured):
+    assert len(measured) == 1 + 2 * 3 and not measured.duplicated(quality.KEY).any()
+    assert measured[["wikitext2", "hellaswag text"]].gt(1).all(axis=None)
+    has_task = measured["arc_easy"].notna()
+    assert set(measured[has_task].seed) == {-1, 0} and set(measured[~has_task].seed) == {1}
+    pruned = measured[measured.method != "dense"]
+    assert pruned.mlp_sparsity.between(0.24, 0.26).all() and (pruned.model_sparsity < pruned.mlp_sparsity).all()
+    assert (pruned.peak_mib > 0).all() and (pruned.score_seconds > 0).all()
+    assert ((pruned.compensate_seconds > 0) == (pruned.compensation != "none")).all()
+
+
+def test_figures_are_those_of_the_command_line(measured, command, run_cli):
+    """Oracle: the program itself."""
+    done = run_cli(*command[:8], "--prune_method", "structured_snip", "--neuron_score", "token_fisher",
+                   "--global_pruning", "--pruning_ratio", 0.25, "--eval_ppl", *command[8:12], "--dtype", "float32",
+                   "--compensate", "auto", "--seed", 1)  # fmt: skip
+    row = measured[(measured.method == "structured_snip") & (measured.compensation == "auto") & (measured.seed == 1)]
+    assert f"-> {row.wikitext2.item():.2f} " in done.out
+
+
+def test_a_second_run_measures_nothing_and_shows_the_same(measured, command, capsys, monkeypatch):
+    monkeypatch.setattr(quality.Bench, "measure", lambda *_: pytest.fail("measured again"))
+    quality.main([*command, "--seeds", "0", "1", "--methods", *METHODS])
+    shown = capsys.readouterr().out
+    assert "| structured_flap | layer |" in shown and " ± " in shown and "**" in shown
+    out = quality.Path(command[-1])
+    assert (out / "quality.md").read_text() in shown
+    assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_later_command_asks_besides_is_added_to_the_row(measured, command):
+    quality.main([*command, "--seeds", "0", "--methods", METHODS[0], "--tasks", "arc_easy", "winogrande"])
+    after = pd.read_csv(f"{command[-1]}/quality.csv", keep_default_na=False, na_values=["nan"])
+    assert len(after) == len(measured)
+    assert after.winogrande.notna().sum() == 2  # the dense model's and the row's
