@@ -30,6 +30,7 @@ from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from lib import builder, choices, compensate, data, evaluate, memory, prune, steps, tape  # noqa: E402
+from lib.attention import scoring_attention  # noqa: E402
 from lib.errors import UserError  # noqa: E402
 from lib.mlp import find_layers  # noqa: E402
 from lib.sums import open_scores  # noqa: E402
@@ -125,6 +126,7 @@ class Bench:
         self.windows = self._windows()
         self.dense = evaluate.size(self.loaded.model, self.loaded.layers)
         self._samples: dict[int, list[Tensor]] = {}
+        self._dense: dict[int, tuple[list[tape.Batch], tape.Tape, float]] = {}
 
     def _windows(self) -> dict[str, Tensor]:
         """The texts, `[windows, tokens]` each."""
@@ -147,6 +149,20 @@ class Bench:
                 self.loaded.model, self.loaded.tokenizer, self.args.nsamples, self.loaded.seqlen, seed
             )}  # fmt: skip
         return self._samples[seed]
+
+    def dense_outputs(self, seed: int) -> tuple[list[tape.Batch], tape.Tape, float]:
+        """Batches to compensate on, what the dense model's layers compute on them, and the seconds that took.
+
+        All rows of a seed share it; each is charged with its seconds.
+        """
+        if seed not in self._dense:
+            self._dense.clear()
+            batches = tape.collate(self.samples(seed), compensate.batch_size(self.args.nsamples))
+            loaded, start = self.loaded, time.perf_counter()
+            with scoring_attention(loaded.model):  # as when it is computed beside the pruned model
+                found = tape.record(loaded.model, loaded.layers, batches, loaded.placement, tape.HiddenStates())
+            self._dense = {seed: (batches, found, time.perf_counter() - start)}
+        return self._dense[seed]
 
     def sums(self, row: Row) -> tuple[dict[str, ModelVector], dict]:
         """What the row's method sums over the samples, computed once per seed and kind; and what that took."""
@@ -177,7 +193,7 @@ class Bench:
         if row.method == "dense":
             facts = dict.fromkeys(FACTS, 0.0) | {"narrowest": min(self.dense.widths), "widest": max(self.dense.widths)}
             return facts | self.quality(self.loaded.model, measures)
-        method, args = prune.METHODS[row.method], self.args
+        method = prune.METHODS[row.method]
         sums, took = self.sums(row)
         model = copy.deepcopy(self.loaded.model)
         layers = find_layers(model)
@@ -185,9 +201,10 @@ class Bench:
                                  seed=row.seed)  # fmt: skip
         took["compensate_seconds"] = 0.0
         if row.compensation != "none":
-            batches = tape.collate(self.samples(row.seed), compensate.batch_size(args.nsamples))
+            batches, outputs, seconds = self.dense_outputs(row.seed)
             with timed(self.loaded.model.device, took, "compensate_seconds"):
-                compensate.compensate(model, layers, selection, batches, row.compensation)
+                compensate.compensate(model, layers, selection, batches, row.compensation, dense=outputs)
+            took["compensate_seconds"] += seconds if row.compensation != "bias" else 0.0
         prune.remove(model, layers, selection)
         after = evaluate.size(model, layers)
         kept = after.mlp if method.structured else selection.n_kept()

@@ -8,9 +8,10 @@ model changes in place, and `lib.prune.remove` then cuts off what has become zer
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +49,14 @@ class Gram:
         self.lacking = torch.zeros(d_model, device=device)  # of E over the tokens, [d]
         self.count = 0  # tokens
 
-    def add(self, activations: Tensor, lacking: Tensor) -> None:
-        """Add activations `[tokens, kept]` and what the output lacks `[tokens, d]`, both float32."""
-        self.products.addmm_(activations.t(), activations)
-        self.crossed.addmm_(activations.t(), lacking)
+    def add(self, activations: Tensor, lacking: Tensor, means_only: bool = False) -> None:
+        """Add activations `[tokens, kept]` and what the output lacks `[tokens, d]`, both float32.
+
+        With `means_only`, to what `mean_shift` takes and no more.
+        """
+        if not means_only:
+            self.products.addmm_(activations.t(), activations)
+            self.crossed.addmm_(activations.t(), lacking)
         self.sums += activations.sum(0)
         self.lacking += lacking.sum(0)
         self.count += len(activations)
@@ -134,7 +139,7 @@ def fit(train: Iterable[Piece], held_out: Iterable[Piece], weight: Tensor, kind:
     """
     gram = Gram(*weight.shape, weight.device)
     for piece in train:
-        gram.add(*piece)
+        gram.add(*piece, means_only=kind == "bias")
     scale = max(float(gram.products.diagonal().double().mean()), SMALLEST)
     tried = options(kind, biased)
     fits = [solve(gram, option, share and share * scale, biased) for option, share in tried]
@@ -143,7 +148,7 @@ def fit(train: Iterable[Piece], held_out: Iterable[Piece], weight: Tensor, kind:
         errors = [e + lost_energy(activations, lacking, f) for e, f in zip(errors, fits, strict=True)]
         before += lost_energy(activations, lacking, Fit(None, None, "none"))
         energy += float((lacking + activations @ weight).square().sum(dtype=torch.float64))
-        gram.add(activations, lacking)
+        gram.add(activations, lacking, means_only=kind == "bias")
     best = errors.index(min(errors))
     option, share = tried[best]
     found = solve(gram, option, share and share * scale, biased)
@@ -176,13 +181,15 @@ def compensate(
     placement: Placement | None = None,
     hidden: HiddenStates | None = None,
     dtype: torch.dtype = torch.float32,
+    dense: Tape | None = None,
 ) -> list[Fit]:
     """Refit the output projection of every MLP that loses neurons; the removed neurons' weights in it become 0.
 
     `kind` is one of `KINDS`: "bias" moves the mean of what was removed into the bias, "ridge" refits the weights
     (and the bias, where there is one), "auto" takes for every layer what does best on held-out batches. The shapes
-    stay: `lib.prune.remove` comes afterwards. Returns the fits in the order of the MLPs, on the CPU in `dtype`;
-    `write` puts them into another copy of the model.
+    stay: `lib.prune.remove` comes afterwards. `dense` is what the dense model's layers compute on these batches; where
+    it was not recorded, that is computed again beside what the pruned ones compute. Returns the fits in the order of
+    the MLPs, on the CPU in `dtype`; `write` puts them into another copy of the model.
 
     Raises UserError when there is nothing to hold out, and for "bias" where the family has no biases.
     """
@@ -193,6 +200,7 @@ def compensate(
     if kind == "bias":
         give_biases(model, layers)
     placement = placement or Placement(layers)
+    beside = dense is None and kind != "bias"
     tape = Tape(hidden or HiddenStates(), {tower.stop - 1 for tower in tower_ranges(layers)})
     kept_of = dict(zip((i for i, layer in enumerate(layers) if layer.block), selection.kept, strict=True))
     last, fits = max(kept_of), []
@@ -200,12 +208,16 @@ def compensate(
         for tower in tower_ranges(layers):
             if tower.start > last:
                 break
-            _enter_both(model, layers, tower, batches, placement, tape)
+            enter(model, layers, tower, batches, placement, tape)
+            for number in range(len(batches) if beside else 0):
+                tape.hidden["dense", tower.start, number] = tape.input(tower.start, number)
             for index in range(tower.start, min(tower.stop, last + 1)):
                 with placement.at_work(index, index + 1 if index < min(tower.stop - 1, last) else None) as device:
-                    _advance_dense(layers[index], tape, index, len(batches), device)
+                    if beside:
+                        _advance_dense(layers[index], tape, index, len(batches), device)
                     if index in kept_of:
-                        found = _fit_layer(layers[index], kept_of[index], tape, index, batches, kind, device)
+                        wanted = partial(_dense_output, dense, tape, index)
+                        found = _fit_layer(layers[index], kept_of[index], tape, index, batches, kind, device, wanted)
                         fits.append(_stored(found, dtype))
                         write_layer(layers[index].block, kept_of[index], fits[-1])
                     if index < last:
@@ -213,16 +225,14 @@ def compensate(
                 if index in kept_of and not placement.resident:  # what was at work was a copy
                     write_layer(layers[index].block, kept_of[index], fits[-1])
                 bar.update()
-            for number in range(len(batches)):
+            for number in range(len(batches) if beside else 0):
                 tape.hidden.drop(("dense", index + 1, number))
     return fits
 
 
-def _enter_both(model, layers, tower: range, batches, placement: Placement, tape: Tape) -> None:
-    """Record what enters a tower: there the dense model's hidden states are still those of the pruned one."""
-    enter(model, layers, tower, batches, placement, tape)
-    for number in range(len(batches)):
-        tape.hidden["dense", tower.start, number] = tape.input(tower.start, number)
+def _dense_output(dense: Tape | None, tape: Tape, index: int, number: int) -> Tensor:
+    """What the dense model's layer computes on a batch."""
+    return dense.output(index, number) if dense else tape.hidden["dense", index + 1, number]
 
 
 def _advance_dense(layer: Layer, tape: Tape, index: int, n_batches: int, device: torch.device) -> None:
@@ -241,8 +251,20 @@ def _advance_pruned(layer: Layer, tape: Tape, index: int, n_batches: int, device
             tape.hidden.drop(("input", index, number))
 
 
-def _fit_layer(layer: Layer, kept: Tensor, tape: Tape, index: int, batches, kind: str, device: torch.device) -> Fit:
-    """Run the layer, its MLP still dense, on every batch of the pruned model's hidden states, and fit."""
+def _fit_layer(
+    layer: Layer,
+    kept: Tensor,
+    tape: Tape,
+    index: int,
+    batches: Sequence[Batch],
+    kind: str,
+    device: torch.device,
+    wanted: Callable[[int], Tensor],
+) -> Fit:
+    """Run the layer, its MLP still dense, on every batch of the pruned model's hidden states, and fit.
+
+    `wanted` gives what the dense model's layer computes on a batch.
+    """
     output = layer.block.projections[-1]
     weight = output.weight.float()
     if len(kept) == len(weight):
@@ -260,8 +282,8 @@ def _fit_layer(layer: Layer, kept: Tensor, tape: Tape, index: int, batches, kind
             activations = seen[0][real].float()
             lacking = activations[:, removed] @ weight[removed]
             if corrects:
-                dense = tape.hidden["dense", index + 1, number].to(device)
-                lacking.add_((dense.float() - reached.float()).flatten(0, -2)[real], alpha=CORRECTION)
+                missing = wanted(number).to(device).float() - reached.float()
+                lacking.add_(missing.flatten(0, -2)[real], alpha=CORRECTION)
             yield activations[:, kept], lacking
 
     held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}

@@ -16,9 +16,9 @@ from lib import checkpoint, compensate
 from lib.compensate import Gram
 from lib.errors import UserError
 from lib.mlp import find_layers, only_towers
-from lib.offload import Resources
+from lib.offload import Placement, Resources
 from lib.prune import Selection, blocks_of, remove
-from lib.tape import HiddenStates, collate, hidden_of
+from lib.tape import HiddenStates, collate, hidden_of, record
 
 TOKENS, WIDTH, D = 200, 12, 5
 KEPT = torch.tensor([0, 2, 3, 5, 8, 9, 11])
@@ -338,6 +338,17 @@ def test_only_a_few_layers_hidden_states_are_held_at_a_time():
     layers, hidden, batches = find_layers(model), HiddenStates(), batches_of()
     compensate.compensate(model, layers, selection_for(layers, False), batches, "ridge", hidden=hidden)
     assert len(hidden._held) == len(batches)  # what entered the last layer
+
+
+def test_what_was_recorded_of_the_dense_model_is_not_computed_again():
+    found = []
+    for recorded in (False, True):
+        model, _ = build("llama")
+        layers, batches = find_layers(model), batches_of()
+        dense = record(model, layers, batches, Placement(layers), HiddenStates()) if recorded else None
+        compensate.compensate(model, layers, selection_for(layers, True), batches, "auto", dense=dense)
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_one_batch_is_too_few():
