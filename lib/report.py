@@ -144,7 +144,7 @@ def page(report: dict, pictures: Sequence[Picture]) -> str:
     """The page, from what `pruning.json` holds and a picture per tower (none where nothing was scored)."""
     arguments = report["arguments"]
     what = "neurons" if METHODS[arguments["prune_method"]].structured else "weights"
-    title = f"{arguments['prune_method']}, {arguments['pruning_ratio']}"
+    title = f"{arguments['prune_method']}, {arguments['pruning_ratio']:.4g} of the MLP {what} removed"
     facts = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in _facts(report))
     sections = [_tower(report, picture, what) for picture in pictures]
     if not pictures:
@@ -153,7 +153,7 @@ def page(report: dict, pictures: Sequence[Picture]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><main>\n"
-        f"<h1>{_text(arguments['model'])}</h1><p>{_text(title)} of the MLP {what} removed</p>\n<dl>{facts}</dl>\n"
+        f"<h1>{_text(arguments['model'])}</h1><p>{_text(title)}</p>\n<dl>{facts}</dl>\n"
         f"{''.join(sections)}\n<h2>Command</h2><pre>{_text(report['command'])}</pre>\n"
         f"</main></body></html>\n"
     )
@@ -313,7 +313,10 @@ def _map(picture: Picture) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if 10 <= abs(value) < 1e5 else f"{value:.2g}"
+    """At most six characters, which is what fits beside an axis."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.0e}"
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
 def _count(value: float) -> str:
