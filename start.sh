@@ -13,6 +13,8 @@ source lib/environment.sh
 METHOD="${METHOD:-structured_afr}"
 RATIO="${RATIO:-0.2}"
 SEED="${SEED:-0}"
+# What a structured method removes is handed to what stays; single weights cannot be.
+case "$METHOD" in structured_*) COMPENSATE="${COMPENSATE:-auto}" ;; esac
 
 if nvidia-smi -L >/dev/null 2>&1; then
     ensure_environment requirements.txt
@@ -49,4 +51,4 @@ fi
 # shellcheck disable=SC2086  # the flag lists are split into words on purpose
 exec "$VENV/bin/python" main.py --model "$MODEL" --prune_method "$METHOD" --pruning_ratio "$RATIO" \
     --nsamples "$NSAMPLES" --seed "$SEED" ${DATASET:+--dataset "$DATASET"} ${SEQLEN:+--seqlen "$SEQLEN"} \
-    $DEVICE_FLAGS ${EVALUATE:-} --save_model "$SAVE" "$@"
+    ${COMPENSATE:+--compensate "$COMPENSATE"} $DEVICE_FLAGS ${EVALUATE:-} --save_model "$SAVE" "$@"
