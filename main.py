@@ -75,7 +75,8 @@ def run(argv: list[str] | None) -> None:
         for number, ratio in enumerate(ratios):
             loaded = loaded.again() if number else loaded
             result = record.of_ratio(ratio, targets[ratio])
-            selection, fits = steps.prune_at(args, ratio, loaded, found, samples, result)
+            loaded, last = steps.later_rounds(args, ratio, loaded, found, samples, result)
+            selection, fits = steps.prune_at(args, ratio, loaded, last, samples, result)
             steps.measure(args, "pruned", loaded, windows, samples, result)
             if targets[ratio]:
                 steps.save(args, targets[ratio], loaded, selection, fits, samples, result)

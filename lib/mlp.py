@@ -133,6 +133,19 @@ class Block:
             self.owner.intermediate_size = len(kept)
 
 
+    @torch.no_grad()
+    def silence_neurons(self, removed: Tensor) -> None:
+        """Set the weights and biases of neurons (indices `[n]`) to 0: all shapes stay, and they do nothing."""
+        width = self.width
+        removed = removed.to(self.modules[0].weight.device)
+        for projection in self.projections:
+            projection.weight[removed] = 0
+        for module in self.modules[:-1]:
+            if module.bias is not None:
+                for part in range(self.layout.parts):
+                    module.bias[removed + part * width] = 0
+
+
 # What families call d_ff in their configuration.
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_inner")
 

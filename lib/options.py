@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from lib import llava_data
+from lib import llava_data, parallel
 from lib.builder import DTYPES
 from lib.compensate import KINDS
 from lib.data import FILE_TYPES, SELF_GENERATED, SETS
@@ -142,6 +142,14 @@ def _add_structured(group):
         help="structured methods: round each layer's width to a multiple of N; 64 or 128 suits tensor cores",
     )
     group.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="structured methods: prune in N equal parts and score what is left, compensated, before each; costs N "
+        "times the scoring, and pays at high ratios",
+    )
+    group.add_argument(
         "--compensate",
         choices=list(KINDS),
         default="none",
@@ -269,8 +277,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--pruning_ratio {','.join(map(str, ratios))}: the same ratio stands there twice")
     if args.max_memory is not None and not args.max_memory > 0:
         raise UserError(f"--max_memory {args.max_memory}: must be more than 0 (GiB)")
-    least = {"nsamples": 1, "seqlen": 2, "batch_size": 1, "align": 1, "eval_windows": 1, "eval_seqlen": 2, "seed": 0}
-    for name, minimum in least.items():
+    positive = dict.fromkeys(("nsamples", "batch_size", "align", "rounds", "eval_windows"), 1)
+    for name, minimum in (positive | {"seqlen": 2, "eval_seqlen": 2, "seed": 0}).items():
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UserError(f"--{name} {value}: must be at least {minimum}")
@@ -278,6 +286,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--report: is written beside the result; add --save_model DIR")
     _check_sight(args)
     _check_compensation(args)
+    _check_rounds(args)
     if args.scores and not METHODS[args.prune_method].summed:
         raise UserError(f"--scores {args.scores}: {args.prune_method} takes no calibration; leave it out")
     if not METHODS[args.prune_method].structured and args.align != 1:
@@ -294,6 +303,19 @@ def _check_compensation(args: argparse.Namespace) -> None:
         )
     if args.nsamples < 2:
         raise UserError(f"--compensate {args.compensate}: needs --nsamples of at least 2, one of them to check on")
+
+
+def _check_rounds(args: argparse.Namespace) -> None:
+    method = METHODS[args.prune_method]
+    if args.rounds > 1 and not (method.structured and method.by_gradients):
+        raise UserError(
+            f"--rounds {args.rounds}: is for methods that remove neurons by gradients (structured_afr and its like); "
+            f"leave it out with {args.prune_method}"
+        )
+    if args.rounds > 1 and parallel.world() > 1:
+        raise UserError(
+            f"--rounds {args.rounds}: later rounds are scored by one process; start one, without a launcher"
+        )
 
 
 def _check_sight(args: argparse.Namespace) -> None:

@@ -415,6 +415,14 @@ def remove(model: nn.Module, layers: Sequence[Layer], selection: Selection) -> N
             setattr(tower_config(model.config, tower), field, *widths)
 
 
+def silence(layers: Sequence[Layer], selection: Selection) -> None:
+    """Set every neuron that is not selected to 0 in all of its weights, so that what is scored next is without it."""
+    for block, kept in zip(blocks_of(layers), selection.kept, strict=True):
+        gone = torch.ones(block.width, dtype=torch.bool)
+        gone[kept] = False
+        block.silence_neurons(gone.nonzero()[:, 0])
+
+
 def pruned_towers(layers: Sequence[Layer]) -> list[str]:
     """The towers that have MLPs to prune."""
     return towers_of([layer for layer in layers if layer.block])

@@ -12,6 +12,7 @@ from lib.compensate import Fit
 from lib.mlp import find_layers, only_towers
 from lib.prune import Selection
 from lib.summary import Run
+from lib.sums import InMemory
 from lib.tape import Sample
 from lib.vectors import ModelVector
 
@@ -54,6 +55,35 @@ def measure(
             record.perplexity[of] = evaluate.perplexity(loaded.model, windows, f"perplexity, {of}")
         if args.eval_speed:
             record.speed[of] = evaluate.speed(loaded.model, data.text_of(samples))
+
+
+def later_rounds(
+    args: argparse.Namespace,
+    ratio: float,
+    loaded: Loaded,
+    sums: dict[str, ModelVector] | None,
+    samples: Sequence[Sample],
+    result: Run,
+) -> tuple[Loaded, dict[str, ModelVector] | None]:
+    """The model, dense, and its sums from the last of `--rounds`: each prunes a part more and scores what is left.
+
+    What is gone has sums of 0, the least there are, so that it goes again.
+    """
+    if sums is None or not ratio:
+        return loaded, sums
+    method = prune.METHODS[args.prune_method]
+    for number in range(1, args.rounds):
+        with result.phase("prune"):
+            selection = select(args, loaded, sums, ratio * number / args.rounds)
+        if args.compensate != "none":
+            compensate(args, loaded, selection, samples, result)
+        prune.silence(loaded.layers, selection)
+        with result.phase("score"), loaded.hidden_states() as hidden:
+            batches = tape.collate(samples, args.batch_size)
+            sums = prune.score(loaded.model, loaded.layers, batches, method, args.neuron_score, InMemory(),
+                               loaded.placement, hidden, args.seed)  # fmt: skip
+        loaded = loaded.again()
+    return loaded, sums
 
 
 def prune_at(
