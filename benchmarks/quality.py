@@ -116,6 +116,13 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
 # --- what is measured -------------------------------------------------------------------------------
 
 
+def _widest(row: Row) -> prune.Method:
+    """Of the methods whose sums are of the row's kind the one that takes the most, so that all are served."""
+    own, kind = prune.METHODS[row.method], prune.METHODS[row.method].reduction_name(row.neuron_score)
+    alike = [m for m in prune.METHODS.values() if not m.sees and m.summed and m.structured == own.structured]
+    return max((m for m in alike if m.reduction_name(row.neuron_score) == kind), key=lambda m: len(m.summed))
+
+
 class Bench:
     """One model, its calibration draws, and what every row is measured on."""
 
@@ -164,26 +171,22 @@ class Bench:
             self._dense = {seed: (batches, found, time.perf_counter() - start)}
         return self._dense[seed]
 
-    def sums(self, row: Row) -> tuple[dict[str, ModelVector], dict]:
+    def sums(self, row: Row) -> tuple[dict[str, ModelVector], dict[str, float]]:
         """What the row's method sums over the samples, computed once per seed and kind; and what that took."""
-        method, args, samples = prune.METHODS[row.method], self.args, self.samples(row.seed)
         took = {"score_seconds": 0.0, "peak_mib": 0.0}
-        if not method.summed:
+        if not prune.METHODS[row.method].summed:
             return {}, took
-        alike = [m for m in prune.METHODS.values() if not m.sees and m.structured == method.structured and m.summed]
-        kind = method.reduction_name(row.neuron_score)
-        alike = [m for m in alike if m.reduction_name(row.neuron_score) == kind]
-        widest = max(alike, key=lambda m: len(m.summed))
-        facts = {"set": args.dataset, "samples": len(samples), "sha256": data.fingerprint(samples)}
+        loaded, samples, widest = self.loaded, self.samples(row.seed), _widest(row)
+        facts = {"set": self.args.dataset, "samples": len(samples), "sha256": data.fingerprint(samples)}
         asked = argparse.Namespace(neuron_score=row.neuron_score, batch_size=1, towers="both", seed=row.seed)
-        path = args.out / f"{'structured' if method.structured else 'weights'}-{kind.split()[-1]}-{row.seed}.scores"
-        key = steps.score_key(asked, self.loaded, facts, widest)
-        shapes = prune.sum_shapes(self.loaded.layers, widest)
-        noted = path.with_suffix(".csv")
-        with open_scores(str(path), key, shapes) as kept, timed(self.loaded.model.device, took, "score_seconds"):
+        key, shapes = steps.score_key(asked, loaded, facts, widest), prune.sum_shapes(loaded.layers, widest)
+        kind = f"{'neurons' if widest.structured else 'weights'}-{widest.reduction_name(row.neuron_score).split()[-1]}"
+        path = self.args.out / f"{kind}-{row.seed}.scores"
+        with open_scores(str(path), key, shapes) as kept, timed(loaded.model.device, took, "score_seconds"):
             done = kept.is_complete
-            sums = prune.score(self.loaded.model, self.loaded.layers, tape.collate(samples, 1), widest,
-                               row.neuron_score, kept, self.loaded.placement, seed=row.seed)  # fmt: skip
+            sums = prune.score(loaded.model, loaded.layers, tape.collate(samples, 1), widest, row.neuron_score, kept,
+                               loaded.placement, seed=row.seed)  # fmt: skip
+        noted = path.with_suffix(".seconds.csv")
         if not done:
             pd.DataFrame([took]).to_csv(noted, index=False)
         return sums, pd.read_csv(noted).iloc[0].to_dict() if noted.exists() else took
@@ -196,9 +199,8 @@ class Bench:
         method = prune.METHODS[row.method]
         sums, took = self.sums(row)
         model = copy.deepcopy(self.loaded.model)
-        layers = find_layers(model)
-        selection = prune.select(layers, sums, method, row.ratio, row.scope == "global", row.neuron_score,
-                                 seed=row.seed)  # fmt: skip
+        layers, across = find_layers(model), row.scope == "global"
+        selection = prune.select(layers, sums, method, row.ratio, across, row.neuron_score, seed=row.seed)
         took["compensate_seconds"] = 0.0
         if row.compensation != "none":
             batches, outputs, seconds = self.dense_outputs(row.seed)
@@ -294,7 +296,7 @@ def summary(args: argparse.Namespace, rows: Sequence[Row], results: Results, tex
     if len(args.tasks) > 1:
         titles["accuracy"] = "accuracy, mean of the tasks"
     parts.extend(f"{title}:\n\n{_pivot(found, name)}" for name, title in titles.items())
-    parts.append(f"sizes and costs:\n\n{_facts(found)}")
+    parts.append(f"sizes and costs (memory: of the process, with the dense model and what its layers compute):\n\n{_facts(found)}")
     return "\n\n".join(parts) + "\n"
 
 
