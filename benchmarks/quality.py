@@ -296,7 +296,8 @@ def summary(args: argparse.Namespace, rows: Sequence[Row], results: Results, tex
     if len(args.tasks) > 1:
         titles["accuracy"] = "accuracy, mean of the tasks"
     parts.extend(f"{title}:\n\n{_pivot(found, name)}" for name, title in titles.items())
-    parts.append(f"sizes and costs (memory: of the process, with the dense model and what its layers compute):\n\n{_facts(found)}")
+    about = "memory: of the process, which also holds the dense model and what its layers compute"
+    parts.append(f"sizes and costs ({about}):\n\n{_facts(found)}")
     return "\n\n".join(parts) + "\n"
 
 
