@@ -5,8 +5,8 @@ on multiple-choice sets. Each finished row stands in OUT/quality.csv; a run that
 with other seeds may fill the same file at the same time. OUT/quality.md and OUT/quality.png show the rows that the
 command asks for, mean and spread over the seeds.
 
-A row is METHOD, with what is to be fixed behind colons: a neuron score, `layer` or `global`, a compensation. What is
-left open is run in every way that --scopes and --compensate name:
+A row is METHOD, with what is to be fixed behind colons: a neuron score, `layer` or `global`, a compensation, `2` (or
+more) for rounds. What is left open is run in every way that --scopes and --compensate name, in one round:
 
     python benchmarks/quality.py --model MODEL --methods structured_flap:bias structured_afr:token_fisher:global
 """
@@ -33,11 +33,12 @@ from lib import builder, choices, compensate, data, evaluate, memory, prune, ste
 from lib.attention import scoring_attention  # noqa: E402
 from lib.errors import UserError  # noqa: E402
 from lib.mlp import find_layers  # noqa: E402
-from lib.sums import open_scores  # noqa: E402
+from lib.offload import Placement  # noqa: E402
+from lib.sums import InMemory, open_scores  # noqa: E402
 from lib.vectors import ModelVector  # noqa: E402
 
 SCOPES = ("layer", "global")
-KEY = ["method", "neuron_score", "scope", "ratio", "compensation", "seed", "nsamples", "seqlen"]
+KEY = ["method", "neuron_score", "scope", "ratio", "compensation", "rounds", "seed", "nsamples", "seqlen"]
 FACTS = ["mlp_sparsity", "model_sparsity", "narrowest", "widest", "score_seconds", "compensate_seconds", "peak_mib"]
 DEFAULT_METHODS = [m.name for m in prune.METHODS.values() if m.structured and not m.sees]
 
@@ -79,6 +80,7 @@ class Row:
     scope: str
     ratio: float
     compensation: str
+    rounds: int
     seed: int
     nsamples: int
     seqlen: int
@@ -86,28 +88,31 @@ class Row:
     @property
     def name(self) -> str:
         """How the tables call the method."""
-        own = self.neuron_score not in ("", "trimmed_mean")
-        return f"{self.method}, {self.neuron_score}" if own else self.method
+        parts = [self.method]
+        if self.neuron_score not in ("", "trimmed_mean"):
+            parts.append(self.neuron_score)
+        return ", ".join(parts + [f"{self.rounds} rounds"] * (self.rounds > 1))
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
     """The dense model, then every row that is asked for, seed by seed. Raises UserError for an unknown word."""
-    found = [Row("dense", "", "", 0.0, "none", -1, 0, 0)]
+    found = [Row("dense", "", "", 0.0, "none", 1, -1, 0, 0)]
     for seed, written, ratio in itertools.product(args.seeds, args.methods, args.ratios):
         name, *fixed = written.split(":")
         if name not in prune.METHODS:
             raise UserError(f"--methods {written}: unknown; choose {', '.join(prune.METHODS)}")
         scopes, kinds = ([word for word in fixed if word in known] for known in (SCOPES, compensate.KINDS))
         neuron_scores = [word for word in fixed if word in prune.NEURON_SCORES]
-        unknown = set(fixed) - {*scopes, *kinds, *neuron_scores}
+        rounds = [int(word) for word in fixed if word.isdecimal()] or [1]
+        unknown = [word for word in fixed if word not in (*scopes, *kinds, *neuron_scores) and not word.isdecimal()]
         if unknown:
-            raise UserError(f"--methods {written}: '{unknown.pop()}' is no neuron score, scope or compensation")
+            raise UserError(f"--methods {written}: '{unknown[0]}' is no neuron score, scope or compensation")
         if not prune.METHODS[name].structured:
             kinds = ["none"]
         if not prune.METHODS[name].by_gradients or prune.METHODS[name].fixed_score:
             neuron_scores = [""]
         for choice in itertools.product(
-            neuron_scores or ["trimmed_mean"], scopes or args.scopes, [ratio], kinds or args.compensate
+            neuron_scores or ["trimmed_mean"], scopes or args.scopes, [ratio], kinds or args.compensate, rounds
         ):
             found.append(Row(name, *choice, seed, args.nsamples, args.seqlen))
     return list(dict.fromkeys(found))
@@ -198,15 +203,15 @@ class Bench:
             return facts | self.quality(self.loaded.model, measures)
         method = prune.METHODS[row.method]
         sums, took = self.sums(row)
-        model = copy.deepcopy(self.loaded.model)
-        layers, across = find_layers(model), row.scope == "global"
-        selection = prune.select(layers, sums, method, row.ratio, across, row.neuron_score, seed=row.seed)
         took["compensate_seconds"] = 0.0
-        if row.compensation != "none":
-            batches, outputs, seconds = self.dense_outputs(row.seed)
-            with timed(self.loaded.model.device, took, "compensate_seconds"):
-                compensate.compensate(model, layers, selection, batches, row.compensation, dense=outputs)
-            took["compensate_seconds"] += seconds if row.compensation != "bias" else 0.0
+        for number in range(1, row.rounds):
+            model, layers, selection = self.selected(row, row.ratio * number / row.rounds, sums, took)
+            prune.silence(layers, selection)
+            with timed(model.device, took, "score_seconds"):
+                batches, placement = tape.collate(self.samples(row.seed), 1), Placement(layers)
+                sums = prune.score(model, layers, batches, method, row.neuron_score, InMemory(), placement,
+                                   seed=row.seed)  # fmt: skip
+        model, layers, selection = self.selected(row, row.ratio, sums, took)
         prune.remove(model, layers, selection)
         after = evaluate.size(model, layers)
         kept = after.mlp if method.structured else selection.n_kept()
@@ -214,6 +219,18 @@ class Bench:
         shares = {"mlp_sparsity": 1 - kept / self.dense.mlp, "model_sparsity": gone / self.dense.total}
         widths = {"narrowest": min(after.widths), "widest": max(after.widths)}
         return shares | widths | took | self.quality(model, measures)
+
+    def selected(self, row: Row, ratio: float, sums: dict[str, ModelVector], took: dict[str, float]):
+        """A copy of the dense model, compensated for what is about to be removed, its layers, and what is to stay."""
+        model = copy.deepcopy(self.loaded.model)
+        layers, method, across = find_layers(model), prune.METHODS[row.method], row.scope == "global"
+        selection = prune.select(layers, sums, method, ratio, across, row.neuron_score, seed=row.seed)
+        if row.compensation != "none":
+            batches, outputs, seconds = self.dense_outputs(row.seed)
+            with timed(model.device, took, "compensate_seconds"):
+                compensate.compensate(model, layers, selection, batches, row.compensation, dense=outputs)
+            took["compensate_seconds"] += seconds if row.compensation != "bias" else 0.0
+        return model, layers, selection
 
     def wanted(self, row: Row) -> list[str]:
         """The measures that are asked for: every text, and the tasks unless the seed is spared them."""
@@ -236,7 +253,7 @@ def timed(device: torch.device, took: dict[str, float], name: str) -> Iterator[N
     start, peak = time.perf_counter(), {}
     with memory.peak_memory(device, peak, name):
         yield
-    took[name] = time.perf_counter() - start
+    took[name] = took.get(name, 0.0) + time.perf_counter() - start
     took["peak_mib"] = max(took["peak_mib"], peak[name] / 2**20)
 
 

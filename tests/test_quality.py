@@ -40,6 +40,7 @@ def test_what_a_row_leaves_open_is_run_in_every_way(command):
     ]
     assert len(asked(command, "structured_wanda:layer")) == 2
     assert [r.compensation for r in asked(command, "afr:global")] == ["none"]  # single weights
+    assert [r.rounds for r in asked(command, "structured_snip:layer:auto:3")] == [3]
 
 
 @pytest.mark.parametrize("written, wrong", [("structured_best", "unknown"), ("structured_afr:locl", "'locl'")])
@@ -59,12 +60,17 @@ def test_every_row_is_measured_once_with_what_it_is_asked(measured):
     assert ((pruned.compensate_seconds > 0) == (pruned.compensation != "none")).all()
 
 
-def test_figures_are_those_of_the_command_line(measured, command, run_cli):
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_figures_are_those_of_the_command_line(measured, command, run_cli, rounds):
     """Oracle: the program itself."""
+    if rounds > 1:
+        quality.main([*command, "--seeds", "1", "--methods", f"{METHODS[1]}:auto:{rounds}"])
+        measured = pd.read_csv(f"{command[-1]}/quality.csv", keep_default_na=False, na_values=["nan"])
     done = run_cli(*command[:8], "--prune_method", "structured_snip", "--neuron_score", "token_fisher",
                    "--global_pruning", "--pruning_ratio", 0.25, "--eval_ppl", *command[8:12], "--dtype", "float32",
-                   "--compensate", "auto", "--seed", 1)  # fmt: skip
-    row = measured[(measured.method == "structured_snip") & (measured.compensation == "auto") & (measured.seed == 1)]
+                   "--compensate", "auto", "--seed", 1, "--rounds", rounds)  # fmt: skip
+    row = measured[(measured.method == "structured_snip") & (measured.compensation == "auto") & (measured.seed == 1)
+                   & (measured.rounds == rounds)]  # fmt: skip
     assert f"-> {row.wikitext2.item():.2f} " in done.out
 
 
@@ -81,5 +87,5 @@ def test_a_second_run_measures_nothing_and_shows_the_same(measured, command, cap
 def test_what_a_later_command_asks_besides_is_added_to_the_row(measured, command):
     quality.main([*command, "--seeds", "0", "--methods", METHODS[0], "--tasks", "arc_easy", "winogrande"])
     after = pd.read_csv(f"{command[-1]}/quality.csv", keep_default_na=False, na_values=["nan"])
-    assert len(after) == len(measured)
+    assert len(after) == len(measured) + 1  # the row in two rounds
     assert after.winogrande.notna().sum() == 2  # the dense model's and the row's
