@@ -22,7 +22,7 @@ from lib.attention import scoring_attention
 from lib.errors import UserError
 from lib.mlp import LANGUAGE, Block, Layer, find_layers, of_tower, tower_config
 from lib.offload import Placement
-from lib.prune import Selection, blocks_of, pruned_towers
+from lib.prune import Selection, blocks_of, complement, pruned_towers
 from lib.tape import Batch, HiddenStates, Tape, call, enter, tower_ranges
 
 KINDS = ("none", "bias", "ridge", "auto")
@@ -156,13 +156,6 @@ def fit(train: Iterable[Piece], held_out: Iterable[Piece], weight: Tensor, kind:
     return replace(found, damping=share, error=errors[best] / energy, error_before=before / energy)
 
 
-def complement(kept: Tensor, width: int) -> Tensor:
-    """The indices below `width` that are not in `kept`, sorted."""
-    gone = torch.ones(width, dtype=torch.bool, device=kept.device)
-    gone[kept] = False
-    return gone.nonzero()[:, 0]
-
-
 # --- the walk through the model ---------------------------------------------------------------------
 
 
@@ -212,18 +205,19 @@ def compensate(
             for number in range(len(batches) if beside else 0):
                 tape.hidden["dense", tower.start, number] = tape.input(tower.start, number)
             for index in range(tower.start, min(tower.stop, last + 1)):
+                layer, kept = layers[index], kept_of.get(index)
                 with placement.at_work(index, index + 1 if index < min(tower.stop - 1, last) else None) as device:
                     if beside:
-                        _advance_dense(layers[index], tape, index, len(batches), device)
-                    if index in kept_of:
+                        _advance_dense(layer, tape, index, len(batches), device)
+                    if kept is not None:
                         wanted = partial(_dense_output, dense, tape, index)
-                        found = _fit_layer(layers[index], kept_of[index], tape, index, batches, kind, device, wanted)
+                        found = _fit_layer(layer, kept, tape, index, batches, kind, device, wanted)
                         fits.append(_stored(found, dtype))
-                        write_layer(layers[index].block, kept_of[index], fits[-1])
+                        write_layer(layer.block, kept, fits[-1])
                     if index < last:
-                        _advance_pruned(layers[index], tape, index, len(batches), device, keep=last >= tower.stop)
-                if index in kept_of and not placement.resident:  # what was at work was a copy
-                    write_layer(layers[index].block, kept_of[index], fits[-1])
+                        _advance_pruned(layer, tape, index, len(batches), device, keep=last >= tower.stop)
+                if kept is not None and not placement.resident:  # what was at work was a copy
+                    write_layer(layer.block, kept, fits[-1])
                 bar.update()
             for number in range(len(batches) if beside else 0):
                 tape.hidden.drop(("dense", index + 1, number))

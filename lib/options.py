@@ -147,7 +147,7 @@ def _add_structured(group):
         default=1,
         metavar="N",
         help="structured methods: prune in N equal parts and score what is left, compensated, before each; costs N "
-        "times the scoring, and pays at high ratios",
+        "times the scoring; worth a try at high ratios",
     )
     group.add_argument(
         "--compensate",

@@ -418,9 +418,14 @@ def remove(model: nn.Module, layers: Sequence[Layer], selection: Selection) -> N
 def silence(layers: Sequence[Layer], selection: Selection) -> None:
     """Set every neuron that is not selected to 0 in all of its weights, so that what is scored next is without it."""
     for block, kept in zip(blocks_of(layers), selection.kept, strict=True):
-        gone = torch.ones(block.width, dtype=torch.bool)
-        gone[kept] = False
-        block.silence_neurons(gone.nonzero()[:, 0])
+        block.silence_neurons(complement(kept, block.width))
+
+
+def complement(kept: Tensor, width: int) -> Tensor:
+    """The indices below `width` that are not in `kept`, sorted."""
+    gone = torch.ones(width, dtype=torch.bool, device=kept.device)
+    gone[kept] = False
+    return gone.nonzero()[:, 0]
 
 
 def pruned_towers(layers: Sequence[Layer]) -> list[str]:
