@@ -3,9 +3,9 @@
 Questions, splits and measures are those of lm-eval's tasks of the same names, without examples in the prompt.
 """
 
-import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +89,8 @@ def _plain(text: str) -> str:
 
 # --- scoring ----------------------------------------------------------------------------------------
 
+BATCH_TOKENS = 4096  # read at once; hidden states of a width of 4096 take 32 MB then, in two bytes
+
 
 def accuracy(model: nn.Module, tokenizer, name: str, data_dir: str, limit: int | None = None) -> float:
     """Share of the questions of a set whose right choice has the highest log-likelihood per character.
@@ -104,11 +106,9 @@ def accuracy(model: nn.Module, tokenizer, name: str, data_dir: str, limit: int |
     rows = open_split(name, SETS[name].split, data_dir)
     asked = min(limit or len(rows), len(rows))
     rows = rows.select([place * len(rows) // asked for place in range(asked)])
-    questions = (SETS[name].question(row) for row in rows)
-    right = [
-        choose(question, log_likelihoods(model, tokenizer, question)) == question.answer
-        for question in tqdm(questions, total=len(rows), desc=name, unit="question", disable=None)
-    ]
+    questions = [SETS[name].question(row) for row in rows]
+    likelihoods = log_likelihoods(model, tokenizer, questions, name)
+    right = [choose(*pair) == pair[0].answer for pair in zip(questions, likelihoods, strict=True)]
     return sum(right) / len(right)
 
 
@@ -118,29 +118,57 @@ def choose(question: Question, likelihoods: Tensor) -> int:
 
 
 @torch.no_grad()
-def log_likelihoods(model: nn.Module, tokenizer, question: Question) -> Tensor:
-    """Sum of the log-probabilities (nats, float32) of each continuation's tokens after its context, `[choices]`."""
+def log_likelihoods(model: nn.Module, tokenizer, questions: Sequence[Question], desc: str = "") -> list[Tensor]:
+    """Sum of the log-probabilities (nats, float32) of each continuation's tokens after its context.
+
+    One tensor `[choices]` per question. Choices of about one length are read together, up to `BATCH_TOKENS`.
+    """
     limit = context_length(model.config) + 1
-    pairs = [encode(tokenizer, *texts) for texts in zip(question.contexts, question.continuations, strict=True)]
-    # Too long a question loses its beginning. The last token is only predicted, never read.
+    texts = [pair for q in questions for pair in zip(q.contexts, q.continuations, strict=True)]
+    pairs = [encode(tokenizer, *pair) for pair in texts]
+    # Too long a question loses its beginning.
     whole = [torch.tensor((context + continuation)[-limit:]) for context, continuation in pairs]
-    counts = [len(continuation) for _, continuation in pairs]
-    # Padded on the right, where causal attention does not look, so that no mask is needed.
-    read = nn.utils.rnn.pad_sequence([ids[:-1] for ids in whole], batch_first=True)
-    first = min(len(ids) - count for ids, count in zip(whole, counts)) - 1  # the first position whose logits count
-    logits = _logits(model, read.to(model.device), first)  # [choices, tokens - first, vocabulary]
-    found = []
-    for row, ids, count in zip(logits, whole, counts):
-        predicted = row[len(ids) - count - 1 - first : len(ids) - 1 - first].float()
-        found.append(-F.cross_entropy(predicted, ids[-count:].to(predicted.device), reduction="sum"))
-    return torch.stack(found).cpu()
+    found = torch.zeros(len(whole))
+    with tqdm(total=len(whole), desc=desc, unit="choice", disable=None) as bar:
+        for places in _batches([len(ids) for ids in whole]):
+            alike, counts = [whole[place] for place in places], [len(pairs[place][1]) for place in places]
+            found[places] = _summed(model, alike, counts)
+            bar.update(len(places))
+    return list(found.split([len(q.contexts) for q in questions]))
 
 
-def _logits(model: nn.Module, ids: Tensor, first: int) -> Tensor:
-    """Logits from position `first` on; the head is not run on the others where the model can leave them out."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
-    return model(input_ids=ids, use_cache=False).logits[:, first:]
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of sequences of about one length, the longest first, so that what does not fit shows at once."""
+    left = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    while left:
+        size = max(1, BATCH_TOKENS // lengths[left[0]])
+        yield left[:size]
+        left = left[size:]
+
+
+def _summed(model: nn.Module, sequences: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """The log-probabilities of the last `counts` tokens of each of `sequences`, summed, `[sequences]`."""
+    # The last token is only predicted, never read. Padding stands on the right, where causal attention does not
+    # look, so that no mask is needed.
+    read = nn.utils.rnn.pad_sequence([ids[:-1] for ids in sequences], batch_first=True).to(model.device)
+    scored = [range(len(ids) - count - 1, len(ids) - 1) for ids, count in zip(sequences, counts, strict=True)]
+    rows = torch.tensor([row for row, places in enumerate(scored) for _ in places])
+    places = torch.tensor([place for places in scored for place in places])
+    wanted = torch.cat([ids[-count:] for ids, count in zip(sequences, counts, strict=True)])
+    # The head is run at the scored places alone: its logits are the largest tensor by far.
+    with _before(model.get_output_embeddings(), lambda _, inputs: (inputs[0][rows, places], *inputs[1:])):
+        logits = model(input_ids=read, use_cache=False).logits.float()  # [scored tokens, vocabulary]
+    each = -F.cross_entropy(logits, wanted.to(logits.device), reduction="none").cpu()
+    return torch.stack([piece.sum() for piece in each.split(list(counts))])
+
+
+@contextmanager
+def _before(module: nn.Module, hook: Callable) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def encode(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:

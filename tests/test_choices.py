@@ -72,30 +72,38 @@ def test_the_choice_is_the_likeliest_per_character():
     assert choices.choose(question, torch.tensor([-3.0, -6.0, -12.0])) == 0  # equal: the first
 
 
+def by_hand(model, tokenizer, before: str, after: str) -> float:
+    ids = tokenizer(before + after)["input_ids"]
+    start = len(ids) - len(choices.encode(tokenizer, before, after)[1])
+    ids, cut = ids[-(model.config.max_position_embeddings + 1) :], len(ids) - model.config.max_position_embeddings - 1
+    with torch.no_grad():
+        probabilities = model(torch.tensor([ids[:-1]])).logits[0].softmax(-1)
+    return sum(math.log(probabilities[place - 1, ids[place]]) for place in range(start - max(0, cut), len(ids)))
+
+
+@pytest.mark.parametrize("batch_tokens", [4096, 20, 1])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_likelihood_adds_the_log_probabilities_of_the_continuation(tiny_model, family):
+def test_a_likelihood_adds_the_log_probabilities_of_the_continuation(tiny_model, monkeypatch, family, batch_tokens):
+    monkeypatch.setattr(choices, "BATCH_TOKENS", batch_tokens)
     model, tokenizer = loaded(tiny_model(family))
-    question = Question(["the quick river", "a miller"], [" bends", " counts sacks of rye"], [1, 1], 0)
-    found = choices.log_likelihoods(model, tokenizer, question)
-    for before, after, likelihood in zip(question.contexts, question.continuations, found):
-        ids = tokenizer(before + after)["input_ids"]
-        with torch.no_grad():
-            probabilities = model(torch.tensor([ids])).logits[0].softmax(-1)
-        start = len(tokenizer(before)["input_ids"])
-        wanted = sum(math.log(probabilities[place - 1, ids[place]]) for place in range(start, len(ids)))
-        assert likelihood.item() == pytest.approx(wanted, rel=1e-4)
+    questions = [
+        Question(["the quick river", "a miller"], [" bends", " counts sacks of rye"], [1, 1], 0),
+        Question(["the heron"] * 3, [" stands", " flies over the mill and the pond", " eats"], [1, 1, 1], 2),
+    ]
+    found = choices.log_likelihoods(model, tokenizer, questions)
+    assert [len(each) for each in found] == [2, 3]
+    for question, likelihoods in zip(questions, found):
+        wanted = [by_hand(model, tokenizer, *pair) for pair in zip(question.contexts, question.continuations)]
+        assert likelihoods.tolist() == pytest.approx(wanted, rel=1e-4)
+    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_a_question_that_is_too_long_loses_its_beginning(tiny_model):
     model, tokenizer = loaded(tiny_model("llama"))
     context = " ".join(["river"] * 400)
-    short = choices.log_likelihoods(model, tokenizer, Question([context], [" bends"], [1], 0))
-    ids = tokenizer(context + " bends")["input_ids"][-(model.config.max_position_embeddings + 1) :]
-    with torch.no_grad():
-        probabilities = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
-    start = len(ids) - len(choices.encode(tokenizer, context, " bends")[1])
-    wanted = sum(probabilities[place - 1, ids[place]].item() for place in range(start, len(ids)))
-    assert short.item() == pytest.approx(wanted, rel=1e-4)
+    assert len(tokenizer(context)["input_ids"]) > model.config.max_position_embeddings
+    (found,) = choices.log_likelihoods(model, tokenizer, [Question([context], [" bends"], [1], 0)])
+    assert found.item() == pytest.approx(by_hand(model, tokenizer, context, " bends"), rel=1e-4)
 
 
 def test_spaces_at_the_end_of_a_context_go_to_the_continuation(tiny_model):
@@ -108,7 +116,11 @@ def test_spaces_at_the_end_of_a_context_go_to_the_continuation(tiny_model):
 def test_a_limit_is_spread_over_the_whole_set(tiny_model, data_dir, monkeypatch):
     model, tokenizer = loaded(tiny_model("llama"))
     asked = []
-    monkeypatch.setattr(choices, "log_likelihoods", lambda m, t, question: asked.append(question) or torch.zeros(4))
+    def likelihoods(model, tokenizer, questions, desc):
+        asked.extend(questions)
+        return [torch.zeros(4)] * len(questions)
+
+    monkeypatch.setattr(choices, "log_likelihoods", likelihoods)
     rate = choices.accuracy(model, tokenizer, "mmlu", str(data_dir), 4)
     assert len(asked) == 4
     everything = [choices.mmlu_question(row) for row in choices.open_split("mmlu", "test", str(data_dir))]
@@ -141,8 +153,8 @@ def test_lm_eval_comes_to_the_same(tiny_model, data_dir, tmp_path, monkeypatch, 
     done = lm_eval.simple_evaluate(lm, tasks=[task], bootstrap_iters=0, log_samples=True)
     (samples,) = done["samples"].values()
     rows = choices.open_split(name, choices.SETS[name].split, str(data_dir))
-    for sample in samples:
-        found = choices.log_likelihoods(model, tokenizer, choices.SETS[name].question(rows[sample["doc_id"]]))
+    questions = [choices.SETS[name].question(rows[sample["doc_id"]]) for sample in samples]
+    for sample, found in zip(samples, choices.log_likelihoods(model, tokenizer, questions), strict=True):
         assert found.tolist() == pytest.approx([pair[0] for pair in sample["filtered_resps"]], rel=1e-4)
     (results,) = done["results"].values()
     assert choices.accuracy(model, tokenizer, name, str(data_dir)) == pytest.approx(results[f"{measure},none"])
