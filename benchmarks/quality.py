@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", default=[], choices=list(choices.SETS))
     parser.add_argument("--task_seeds", type=int, help="measure accuracies with the first seeds only, to save time")
     parser.add_argument("--limit", type=int, help="questions of each task [default: all]")
+    parser.add_argument("--show", action="store_true", help="measure nothing: show what OUT knows of these rows")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--out", default="logs/quality", type=Path)
@@ -284,6 +285,14 @@ class Results:
             frame.to_csv(unfinished, index=False, na_rep="nan", float_format="%.6g")
             unfinished.replace(self.path)
 
+    def known(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of the rows that were measured. Raises UserError where there is none beside the dense model."""
+        index = self.read().index
+        found = [row for row in rows if astuple(row) in index]
+        if len(found) < 2:
+            raise UserError(f"--show: none of these rows is in {self.path}; leave --show out to measure them")
+        return found
+
     def missing(self, row: Row, wanted: Sequence[str]) -> list[str]:
         """The measures that are not known of a row."""
         found = self.read()
@@ -296,23 +305,30 @@ class Results:
 # --- what is shown ----------------------------------------------------------------------------------
 
 
-def summary(args: argparse.Namespace, rows: Sequence[Row], results: Results, texts: Sequence[str]) -> str:
+def texts_of(found: pd.DataFrame) -> list[str]:
+    """The columns of perplexities."""
+    return [name for name in found if name not in (*KEY, *FACTS, *choices.SETS)]
+
+
+def summary(args: argparse.Namespace, rows: Sequence[Row], results: Results) -> str:
     """Markdown: what was measured on what, a table per measure, a table of sizes and costs."""
     found = results.read()
     dense = found.loc[[astuple(rows[0])]].iloc[0]
     found = found.loc[[astuple(row) for row in rows[1:]]].reset_index()
     found.insert(0, "name", [row.name for row in rows[1:]])
-    measures = [name for name in (*texts, *args.tasks) if name in found]
+    measures = [name for name in (*texts_of(results.read()), *args.tasks) if name in found]
     found["accuracy"] = found[list(args.tasks)].mean(axis=1, skipna=False) if args.tasks else float("nan")
+    asked = f" Accuracy on {args.limit} questions of each task." if args.tasks and args.limit else ""
     parts = [
         f"{Path(args.model).name}; calibration: {args.dataset}, {args.nsamples} samples of {args.seqlen} tokens, seeds "
-        f"{', '.join(map(str, args.seeds))}: mean ± standard deviation. Perplexity on windows of {args.eval_seqlen} "
-        f"tokens. Dense: {', '.join(f'{name} {_number(dense[name], name)}' for name in measures)}."
+        f"{', '.join(map(str, args.seeds))}: mean ± standard deviation, (n) where only n of them were measured. "
+        f"Perplexity on windows of {args.eval_seqlen} tokens.{asked} "
+        f"Dense: {', '.join(f'{name} {_number(dense[name], name)}' for name in measures)}."
     ]
     titles = {name: f"{name}, {'accuracy' if name in args.tasks else 'perplexity'}" for name in measures}
     if len(args.tasks) > 1:
         titles["accuracy"] = "accuracy, mean of the tasks"
-    parts.extend(f"{title}:\n\n{_pivot(found, name)}" for name, title in titles.items())
+    parts.extend(f"{title}:\n\n{_pivot(found, name, len(args.seeds))}" for name, title in titles.items())
     about = "memory: of the process, which also holds the dense model and what its layers compute"
     parts.append(f"sizes and costs ({about}):\n\n{_facts(found)}")
     return "\n\n".join(parts) + "\n"
@@ -322,11 +338,11 @@ def _number(value: float, name: str) -> str:
     return f"{value:.1%}" if name in (*choices.SETS, "accuracy") else f"{value:.2f}" if value < 1000 else f"{value:.0f}"
 
 
-def _pivot(found: pd.DataFrame, name: str) -> str:
-    """Methods down, ratios and compensations across; the best of a column in bold."""
-    across = list(dict.fromkeys(zip(found["ratio"], found["compensation"])))
+def _pivot(found: pd.DataFrame, name: str, seeds: int) -> str:
+    """Methods down, ratios and compensations across; the best of a column in bold; fewer `seeds` than asked in ()."""
+    across = sorted(set(zip(found["ratio"], found["compensation"])), key=lambda c: (c[0], compensate.KINDS.index(c[1])))
     groups = found.groupby(["name", "scope", "ratio", "compensation"], sort=False)[name]
-    mean, spread = groups.mean(), groups.std()
+    mean, spread, count = groups.mean(), groups.std(), groups.count()
     best = mean.groupby(level=["ratio", "compensation"]).agg("max" if name in (*choices.SETS, "accuracy") else "min")
     lines = [["method", "", *(f"{ratio:.0%} {kind}" for ratio, kind in across)]]
     for method, scope in dict.fromkeys(zip(found["name"], found["scope"])):
@@ -336,6 +352,7 @@ def _pivot(found: pd.DataFrame, name: str) -> str:
             text = "" if pd.isna(value) else _number(value, name)
             off = spread.get((method, scope, *column), float("nan"))
             text += "" if pd.isna(off) else f" ± {_number(off, name)}"
+            text += f" ({count[method, scope, *column]})" if text and count[method, scope, *column] < seeds else ""
             cells.append(f"**{text}**" if text and value == best[column] else text)
         lines.append([method, scope, *cells])
     return _markdown(lines)
@@ -360,15 +377,17 @@ def _markdown(lines: list[list[str]]) -> str:
     return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
 
 
-def plot(rows: Sequence[Row], results: Results, text: str, path: Path) -> None:
+def plot(rows: Sequence[Row], results: Results, path: Path) -> None:
     """Perplexity of every method as dots, a panel per ratio, a colour per compensation; the dense model as a line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     found = results.read()
+    text = texts_of(found)[0]
     dense = found.loc[[astuple(rows[0])]].iloc[0][text]
     found = found.loc[[astuple(row) for row in rows[1:]]].reset_index()
     found["label"] = [f"{row.name}, {row.scope}" for row in rows[1:]]
-    ratios, kinds = found["ratio"].unique(), list(found["compensation"].unique())
+    ratios, kinds = sorted(set(found["ratio"])), sorted(set(found["compensation"]), key=compensate.KINDS.index)
     labels = list(found.groupby("label")[text].min().sort_values(ascending=False).index)
     figure = Figure(figsize=(4 + 4 * len(ratios), 1.5 + 0.3 * len(labels)), layout="constrained")
     for axes, ratio in zip(figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0], ratios):
@@ -378,6 +397,8 @@ def plot(rows: Sequence[Row], results: Results, text: str, path: Path) -> None:
             axes.errorbar(some.mean(), places, xerr=some.std().fillna(0), fmt="o", markersize=4, label=kind)
         axes.axvline(dense, color="grey", linestyle="--", label="dense")
         axes.set(xscale="log", xlabel=f"perplexity, {text}", title=f"{ratio:.0%} of the MLP neurons removed")
+        axes.xaxis.set_major_formatter(LogFormatter())  # 30, not 3 x 10^1
+        axes.xaxis.set_minor_formatter(LogFormatter())
         axes.set_yticks(range(len(labels)), labels)
         axes.grid(alpha=0.3)
     axes.legend()
@@ -389,6 +410,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     builder.quiet_libraries()
     rows, results = rows_of(args), Results(args.out / "quality.csv")
+    if args.show:
+        rows = results.known(rows)
+    else:
+        measure(args, rows, results)
+    text = summary(args, rows, results)
+    (args.out / "quality.md").write_text(text)
+    plot(rows, results, args.out / "quality.png")
+    print(text)
+
+
+def measure(args: argparse.Namespace, rows: Sequence[Row], results: Results) -> None:
+    """Add what is not known yet to the results."""
     bench = Bench(args)
     with tqdm(rows, unit="row", desc="quality") as bar:
         for row in bar:
@@ -396,10 +429,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             missing = results.missing(row, bench.wanted(row))
             if missing:
                 results.put(row, bench.measure(row, missing))
-    text = summary(args, rows, results, list(bench.windows))
-    (args.out / "quality.md").write_text(text)
-    plot(rows, results, next(iter(bench.windows)), args.out / "quality.png")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -90,3 +90,15 @@ def test_what_a_later_command_asks_besides_is_added_to_the_row(measured, command
     assert not after.duplicated(quality.KEY).any()
     assert set(map(tuple, measured[quality.KEY].values)) <= set(map(tuple, after[quality.KEY].values))
     assert after.winogrande.notna().sum() == 2  # the dense model's and the row's
+
+
+def test_show_measures_nothing_and_says_where_seeds_are_missing(measured, command, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "Bench", lambda _: pytest.fail("loaded"))
+    asked = ["--seeds", "0", "1", "2", "--methods", METHODS[0], "structured_magnitude", "--show"]
+    quality.main([*command, *asked])
+    shown = capsys.readouterr().out
+    assert "structured_magnitude" not in shown
+    row = next(line for line in shown.splitlines() if line.startswith("| structured_flap"))
+    assert row.count(" (2)") == 1 and " ± " in row
+    with pytest.raises(UserError, match="leave --show out"):
+        quality.main([*command, "--seeds", "7", "--show"])
