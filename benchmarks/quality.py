@@ -15,6 +15,7 @@ import argparse
 import copy
 import fcntl
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -117,6 +118,12 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
         ):
             found.append(Row(name, *choice, seed, args.nsamples, args.seqlen))
     return list(dict.fromkeys(found))
+
+
+def conditions(args: argparse.Namespace) -> dict[str, object]:
+    """What all rows of a folder have in common, beside the names of `KEY`, by flag."""
+    shared = {name: getattr(args, name) for name in ("dataset", "eval_seqlen", "eval_windows", "text", "dtype")}
+    return {"model": Path(args.model).name} | shared | ({"limit": args.limit} if args.tasks else {})
 
 
 # --- what is measured -------------------------------------------------------------------------------
@@ -266,7 +273,19 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def agree(self, asked: dict[str, object], note: bool) -> None:
+        """Compare, and `note`, what the rows are measured on. Raises UserError where those there differ in it."""
+        path = self.path.with_suffix(".json")
+        known = json.loads(path.read_text()) if path.exists() else {}
+        for name, value in asked.items():
+            if known.get(name, value) != value:
+                raise UserError(
+                    f"--{name} {value}: what {self.path} holds was measured with {known[name]}; choose another --out"
+                )
+        if note:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(known | asked, indent=1) + "\n")
 
     def read(self) -> pd.DataFrame:
         """All rows, by their keys."""
@@ -410,6 +429,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     builder.quiet_libraries()
     rows, results = rows_of(args), Results(args.out / "quality.csv")
+    results.agree(conditions(args), note=not args.show)
     if args.show:
         rows = results.known(rows)
     else:

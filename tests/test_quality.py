@@ -102,3 +102,12 @@ def test_show_measures_nothing_and_says_where_seeds_are_missing(measured, comman
     assert row.count(" (2)") == 1 and " ± " in row
     with pytest.raises(UserError, match="leave --show out"):
         quality.main([*command, "--seeds", "7", "--show"])
+    with pytest.raises(UserError, match="leave --show out"):
+        quality.main([*command[:-1], f"{command[-1]}/nowhere", "--show"])
+    assert not quality.Path(command[-1], "nowhere").exists()
+
+
+@pytest.mark.parametrize("flag, value", [("--limit", "2"), ("--eval_windows", "1"), ("--text", "winogrande")])
+def test_rows_of_one_folder_are_measured_on_the_same(measured, command, flag, value):
+    with pytest.raises(UserError, match=f"{flag} {value}: .* choose another --out"):
+        quality.main([*command, "--methods", METHODS[0], flag, value])
