@@ -15,6 +15,8 @@ RATIO="${RATIO:-0.2}"
 SEED="${SEED:-0}"
 # What a structured method removes is handed to what stays; single weights cannot be.
 case "$METHOD" in structured_*) COMPENSATE="${COMPENSATE:-auto}" ;; esac
+# The score that leaves the better model (README, Results); the methods' own is trimmed_mean.
+case "$METHOD" in structured_afr | structured_snip) NEURON_SCORE="${NEURON_SCORE:-token_fisher}" ;; esac
 
 if nvidia-smi -L >/dev/null 2>&1; then
     ensure_environment requirements.txt
@@ -51,4 +53,4 @@ fi
 # shellcheck disable=SC2086  # the flag lists are split into words on purpose
 exec "$VENV/bin/python" main.py --model "$MODEL" --prune_method "$METHOD" --pruning_ratio "$RATIO" \
     --nsamples "$NSAMPLES" --seed "$SEED" ${DATASET:+--dataset "$DATASET"} ${SEQLEN:+--seqlen "$SEQLEN"} \
-    ${COMPENSATE:+--compensate "$COMPENSATE"} $DEVICE_FLAGS ${EVALUATE:-} --save_model "$SAVE" "$@"
+    ${NEURON_SCORE:+--neuron_score "$NEURON_SCORE"} ${COMPENSATE:+--compensate "$COMPENSATE"} $DEVICE_FLAGS ${EVALUATE:-} --save_model "$SAVE" "$@"

@@ -337,7 +337,7 @@ def summary(args: argparse.Namespace, rows: Sequence[Row], results: Results) -> 
     found.insert(0, "name", [row.name for row in rows[1:]])
     measures = [name for name in (*texts_of(results.read()), *args.tasks) if name in found]
     found["accuracy"] = found[list(args.tasks)].mean(axis=1, skipna=False) if args.tasks else float("nan")
-    asked = f" Accuracy on {args.limit} questions of each task." if args.tasks and args.limit else ""
+    asked = f" Accuracy on at most {args.limit} questions of each task." if args.tasks and args.limit else ""
     parts = [
         f"{Path(args.model).name}; calibration: {args.dataset}, {args.nsamples} samples of {args.seqlen} tokens, seeds "
         f"{', '.join(map(str, args.seeds))}: mean ± standard deviation, (n) where only n of them were measured. "
