@@ -194,7 +194,7 @@ class Bench:
         asked = argparse.Namespace(neuron_score=row.neuron_score, batch_size=1, towers="both", seed=row.seed)
         key, shapes = steps.score_key(asked, loaded, facts, widest), prune.sum_shapes(loaded.layers, widest)
         kind = f"{'neurons' if widest.structured else 'weights'}-{widest.reduction_name(row.neuron_score).split()[-1]}"
-        path = self.args.out / f"{kind}-{row.seed}.scores"
+        path = self.args.out / f"{kind}-{row.nsamples}x{row.seqlen}-{row.seed}.scores"
         with open_scores(str(path), key, shapes) as kept, timed(loaded.model.device, took, "score_seconds"):
             done = kept.is_complete
             sums = prune.score(loaded.model, loaded.layers, tape.collate(samples, 1), widest, row.neuron_score, kept,

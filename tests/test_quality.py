@@ -111,3 +111,10 @@ def test_show_measures_nothing_and_says_where_seeds_are_missing(measured, comman
 def test_rows_of_one_folder_are_measured_on_the_same(measured, command, flag, value):
     with pytest.raises(UserError, match=f"{flag} {value}: .* choose another --out"):
         quality.main([*command, "--methods", METHODS[0], flag, value])
+
+
+def test_other_samples_have_scores_of_their_own(measured, command):
+    asked = ["--seeds", "0", "--methods", METHODS[1], "--compensate", "none", "--nsamples", "3"]
+    quality.main([*command, *asked])
+    after = pd.read_csv(f"{command[-1]}/quality.csv", keep_default_na=False, na_values=["nan"])
+    assert set(after[(after.method == "structured_snip") & (after.seed == 0)].nsamples) == {3, 4}
