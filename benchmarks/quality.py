@@ -280,9 +280,8 @@ class Results:
         known = json.loads(path.read_text()) if path.exists() else {}
         for name, value in asked.items():
             if known.get(name, value) != value:
-                raise UserError(
-                    f"--{name} {value}: what {self.path} holds was measured with {known[name]}; choose another --out"
-                )
+                here, there = ("all" if choice is None else choice for choice in (value, known[name]))
+                raise UserError(f"--{name} {here}: {self.path} holds rows measured with {there}; choose another --out")
         if note:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(known | asked, indent=1) + "\n")

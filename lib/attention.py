@@ -82,6 +82,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scaling):
+        """Query `[n, groups, tokens, d]`, key and value `[n, tokens, d]` -> `[n, groups, tokens, d]`."""
         n, groups, tokens, size = query.shape
         query = query * scaling
         outputs, kept = [], []
@@ -99,6 +100,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope):
+        """Slopes by query, key and value, of their shapes, from `slope` of the output's; none by the scaling."""
         query, key, value, *kept = ctx.saved_tensors  # the query is scaled
         n, groups, tokens, size = query.shape
         to_query = torch.empty_like(query)

@@ -113,6 +113,12 @@ def test_rows_of_one_folder_are_measured_on_the_same(measured, command, flag, va
         quality.main([*command, "--methods", METHODS[0], flag, value])
 
 
+def test_a_folder_of_some_windows_takes_no_rows_of_all(measured, command):
+    at = command.index("--eval_windows")
+    with pytest.raises(UserError, match="--eval_windows all: .* measured with 2;"):
+        quality.main([*command[:at], *command[at + 2 :], "--methods", METHODS[0]])
+
+
 def test_other_samples_have_scores_of_their_own(measured, command):
     asked = ["--seeds", "0", "--methods", METHODS[1], "--compensate", "none", "--nsamples", "3"]
     quality.main([*command, *asked])
