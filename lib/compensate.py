@@ -32,6 +32,7 @@ SMALLEST = 1e-12  # damping of neurons that are silent throughout
 CORRECTION = 0.5  # share of the earlier layers' errors that a layer is to make good
 HELD_OUT = 8  # one batch in so many is not fitted on: it decides the damping, and between kinds
 LARGEST_BATCH = 8  # samples in a batch
+BLOCK = 256  # rows of a Gram matrix at once, up to its diagonal: what lies above it is not computed
 
 
 # --- the mathematics of one layer -------------------------------------------------------------------
@@ -43,7 +44,7 @@ class Gram:
     """
 
     def __init__(self, kept: int, d_model: int, device: torch.device):
-        self.products = torch.zeros(kept, kept, device=device)  # H^T H, [kept, kept]
+        self.products = torch.zeros(kept, kept, device=device)  # H^T H, [kept, kept]; right of the diagonal not whole
         self.crossed = torch.zeros(kept, d_model, device=device)  # H^T E, [kept, d]
         self.sums = torch.zeros(kept, device=device)  # of H over the tokens, [kept]
         self.lacking = torch.zeros(d_model, device=device)  # of E over the tokens, [d]
@@ -55,7 +56,9 @@ class Gram:
         With `means_only`, to what `mean_shift` takes and no more.
         """
         if not means_only:
-            self.products.addmm_(activations.t(), activations)
+            for start in range(0, len(self.products), BLOCK):
+                rows, columns = slice(start, start + BLOCK), slice(start + BLOCK)
+                self.products[rows, columns].addmm_(activations[:, rows].t(), activations[:, columns])
             self.crossed.addmm_(activations.t(), lacking)
         self.sums += activations.sum(0)
         self.lacking += lacking.sum(0)
@@ -83,7 +86,8 @@ def ridge(gram: Gram, damping: float, intercept: bool) -> tuple[Tensor, Tensor |
     """What the kept neurons' weights gain `[kept, d]` to make up for what the output lacks, and an intercept `[d]`.
 
     Minimises `||E - H V - 1 s^T||^2 + damping ||V||^2` over V (and s, where there is to be an intercept). The damping
-    pulls towards the old weights: whatever the activations do not determine stays as it was. Solved in float64.
+    pulls towards the old weights: whatever the activations do not determine stays as it was. Solved in float64, by a
+    Cholesky factor, which is made from the lower triangle alone.
     """
     normal, crossed = gram.products.double(), gram.crossed.double()
     sums, lacking = gram.sums.double(), gram.lacking.double()
@@ -265,20 +269,22 @@ def _fit_layer(
         return Fit(None, None, "none")
     kept = kept.to(device)
     removed = complement(kept, len(weight))
+    gone = weight[removed]
     corrects = kind != "bias" and _adds_up(layer, tape, index, device)
 
     def pieces(numbers: Iterable[int]) -> Iterator[Piece]:
         for number in numbers:
             with _watched(layer.block) as seen:
                 reached = call(layer, tape, index, number, device)
+            real = batches[number].real.flatten()
             # Images are not padded; tokens may be.
-            real = batches[number].real.flatten().to(device) if layer.tower == LANGUAGE else slice(None)
-            activations = seen[0][real].float()
-            lacking = activations[:, removed] @ weight[removed]
+            real = real.to(device) if layer.tower == LANGUAGE and not real.all() else slice(None)
+            activations = seen[0][real]
+            lacking = activations[:, removed].float() @ gone
             if corrects:
                 missing = wanted(number).to(device).float() - reached.float()
                 lacking.add_(missing.flatten(0, -2)[real], alpha=CORRECTION)
-            yield activations[:, kept], lacking
+            yield activations[:, kept].float(), lacking
 
     held_out = set(range(HELD_OUT - 1, len(batches), HELD_OUT)) or {len(batches) - 1}
     train = (number for number in range(len(batches)) if number not in held_out)

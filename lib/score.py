@@ -29,10 +29,10 @@ from lib.tape import (
     Tape,
     call,
     handing_on,
-    least_head,
     other_dtype,
     record,
     tower_ranges,
+    without_head,
 )
 
 CROSS_ENTROPY = "ce"
@@ -325,8 +325,8 @@ def bridge_cotangents(
     handle = following.module.register_forward_pre_hook(catch, with_kwargs=True)
     try:
         handed = [*[None] * tower.start, *leaves, *[None] * (len(layers) - tower.stop)]
-        with handing_on(layers, handed, tuples), torch.enable_grad():
-            model(**batch.inputs, use_cache=False, **least_head(model))
+        with handing_on(layers, handed, tuples), without_head(model), torch.enable_grad():
+            model(**batch.inputs, use_cache=False)
     finally:
         handle.remove()
     found: dict[int, dict[str, Tensor]] = {}

@@ -4,7 +4,6 @@ The model's own code runs once per batch with layers that only hand on what they
 first layer, and the arguments of every other. The layers are then called one after another, each for all batches.
 """
 
-import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -223,8 +222,8 @@ def enter(model, layers, tower: range, batches, placement: Placement, tape: Tape
             with placement.at_work(tower.start):
                 tape.tuples = _returns_tuples(model, layers, tower, outputs, inputs)
         seen = _Calls(layers, tower)
-        with handing_on(layers, outputs, tape.tuples, seen):
-            model(**inputs, use_cache=False, **least_head(model))
+        with handing_on(layers, outputs, tape.tuples, seen), without_head(model):
+            model(**inputs, use_cache=False)
         calls = seen.calls
         if len(calls) != len(tower):
             raise UserError("--model: the model does not call each of its layers exactly once; it cannot be scored")
@@ -316,11 +315,6 @@ def _refuse_other_computation(model, layers, tower: range, batch: Batch, tape: T
         )
 
 
-def least_head(model: nn.Module) -> dict[str, int]:
-    """The argument of the model that spares most of the head, where it has one."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-
 def hidden_of(output) -> Tensor:
     """The hidden state that a layer returns, alone or first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
@@ -353,12 +347,6 @@ def handing_on(
     """
     with ExitStack() as restore:
         for index, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
-            module = layer.module
-            if "forward" in module.__dict__:  # accelerate wraps forward this way
-                restore.callback(setattr, module, "forward", module.forward)
-            else:
-                restore.callback(module.__dict__.pop, "forward", None)
-
             def forward(*args, _index=index, _output=output, **kwargs):
                 hidden, *rest = args or (kwargs.pop("hidden_states"),)
                 if see:
@@ -366,5 +354,24 @@ def handing_on(
                 handed = hidden if _output is None else _output
                 return (handed, None, None) if tuples else handed
 
-            module.forward = forward
+            restore.enter_context(_stand_in(layer.module, forward))
         yield
+
+
+@contextmanager
+def without_head(model: nn.Module) -> Iterator[None]:
+    """Within this context the model returns what enters its head in place of logits, which nothing is asked of."""
+    with _stand_in(model.get_output_embeddings(), lambda hidden: hidden):
+        yield
+
+
+@contextmanager
+def _stand_in(module: nn.Module, forward: Callable) -> Iterator[None]:
+    wrapped = module.__dict__.get("forward")  # accelerate wraps forward this way
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if wrapped is not None:
+            module.forward = wrapped

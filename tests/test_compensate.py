@@ -67,6 +67,18 @@ def test_ridge_without_damping_is_least_squares(data):
     assert shift is None
 
 
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_the_gram_matrix_is_whole_up_to_its_diagonal_whatever_the_blocks(data, block, monkeypatch):
+    activations, weight = data
+    at_once = gram_of(activations, weight)
+    monkeypatch.setattr(compensate, "BLOCK", block)
+    gram = gram_of(activations, weight)
+    wanted = activations[:, KEPT].t() @ activations[:, KEPT]
+    torch.testing.assert_close(gram.products.tril(), wanted.tril(), rtol=1e-4, atol=1e-3)
+    solutions = [compensate.ridge(g, 30.0, intercept=True) for g in (gram, at_once)]
+    torch.testing.assert_close(*solutions, rtol=1e-4, atol=1e-5)
+
+
 def test_ridge_with_damping_is_least_squares_with_rows_that_hold_the_old_weights(data):
     activations, weight = data
     damping = 30.0

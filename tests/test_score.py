@@ -9,7 +9,7 @@ from lib.errors import UserError
 from lib.mlp import find_layers
 from lib.prune import abs_sum, each_weight, snr, trimmed_mean
 from lib.score import CROSS_ENTROPY, FIRST_ORDER, cross_entropy_cotangent, mean_singular_value, saliency_sums
-from lib.tape import collate
+from lib.tape import collate, without_head
 
 BOTH = (FIRST_ORDER, CROSS_ENTROPY)
 
@@ -105,6 +105,17 @@ def test_the_head_in_pieces_equals_the_head_at_once(monkeypatch):
     whole = cross_entropy_cotangent(model, layers, batch, hidden)
     monkeypatch.setattr("lib.score.LOGITS_AT_ONCE", 64 * 2 * 5)
     torch.testing.assert_close(cross_entropy_cotangent(model, layers, batch, hidden), whole, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_its_head_a_model_returns_what_enters_it(family):
+    model, _ = build(family)
+    ids, head = samples([9])[0][None], model.get_output_embeddings()
+    wrapped = head.forward = head.forward  # as accelerate does
+    with without_head(model):
+        assert model(ids, use_cache=False).logits.shape == (1, 9, head.in_features)
+    assert head.forward is wrapped
+    assert model(ids, use_cache=False).logits.shape == (1, 9, head.out_features)
 
 
 def test_the_model_is_as_it_was_after_scoring():
