@@ -10,6 +10,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source lib/environment.sh
 
+# What is chosen, for the name of the result.
+CHOSEN="$(for name in NEURON_SCORE COMPENSATE DATASET NSAMPLES SEQLEN SEED; do echo "${!name:+$name=${!name}}"; done)"
 METHOD="${METHOD:-structured_afr}"
 RATIO="${RATIO:-0.2}"
 SEED="${SEED:-0}"
@@ -46,7 +48,7 @@ case "$MODEL" in *.gguf) ensure_environment requirements-gguf.txt ;; esac
 NAME="${NAME:-$(basename "$MODEL")}"
 if [ -z "${SAVE:-}" ]; then
     # The name tells runs apart, so running one again may replace its own result.
-    SAVE="./pruned_model/$NAME-$METHOD-$RATIO$(printf '%s' "$*" | tr -cs 'a-zA-Z0-9._' '-' | sed 's/^-*/-/; s/-$//')"
+    SAVE="./pruned_model/$NAME-$METHOD-$RATIO$(printf '%s' "$CHOSEN $*" | tr -cs 'a-zA-Z0-9._' '-' | sed 's/^-*/-/; s/-$//')"
     set -- --overwrite "$@"
 fi
 

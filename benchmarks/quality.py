@@ -109,6 +109,8 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
         unknown = [word for word in fixed if word not in (*scopes, *kinds, *neuron_scores) and not word.isdecimal()]
         if unknown:
             raise UserError(f"--methods {written}: '{unknown[0]}' is no neuron score, scope or compensation")
+        if neuron_scores and not prune.METHODS[name].takes_neuron_score:
+            raise UserError(f"--methods {written}: {name} has a score of its own; leave {neuron_scores[0]} out")
         if not prune.METHODS[name].structured:
             kinds = ["none"]
         if not prune.METHODS[name].by_gradients or prune.METHODS[name].fixed_score:

@@ -124,7 +124,7 @@ def _add_structured(group):
         "--neuron_score",
         choices=list(NEURON_SCORES),
         default="trimmed_mean",
-        help="structured methods: how a neuron's weight saliencies become one number. trimmed_mean is "
+        help="structured_afr and its like: how a neuron's weight saliencies become one number. trimmed_mean is "
         "the method's own; abs_sum often does better at low ratios; token_fisher adds up the squared slopes of single "
         "tokens, with labels drawn from the model, in A_CE, and takes A_FO by abs_sum",
     )
@@ -289,6 +289,11 @@ def _check(args: argparse.Namespace) -> None:
     _check_rounds(args)
     if args.scores and not METHODS[args.prune_method].summed:
         raise UserError(f"--scores {args.scores}: {args.prune_method} takes no calibration; leave it out")
+    if not METHODS[args.prune_method].takes_neuron_score and args.neuron_score != "trimmed_mean":
+        raise UserError(
+            f"--neuron_score {args.neuron_score}: {args.prune_method} has a score of its own; leave it out, or choose "
+            f"{', '.join(m.name for m in METHODS.values() if m.takes_neuron_score)}"
+        )
     if not METHODS[args.prune_method].structured and args.align != 1:
         raise UserError(f"--align {args.align}: {args.prune_method} removes single weights and no widths; leave it out")
 

@@ -154,6 +154,11 @@ class Method:
         """Whether that takes gradients."""
         return any(o in BOTH for o in self.objectives)
 
+    @property
+    def takes_neuron_score(self) -> bool:
+        """Whether `--neuron_score` has a say in it."""
+        return self.structured and self.by_gradients and not self.fixed_score
+
     def reduction_name(self, neuron_score: str) -> str:
         """How saliencies are reduced before they are summed."""
         if not self.by_gradients:

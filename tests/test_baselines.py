@@ -228,16 +228,16 @@ def test_every_method_is_a_prune_method(method, run_cli, command, tmp_path):
 
 
 @pytest.mark.parametrize("first, then", [
-    ("structured_wanda", "structured_flap"),
-    ("structured_taylor", "structured_snip"),
-    ("wanda", "structured_wanda"),
+    (["structured_wanda"], ["structured_flap"]),
+    (["structured_taylor"], ["structured_snip", "--neuron_score", "abs_sum"]),
+    (["wanda"], ["structured_wanda"]),
 ])  # fmt: skip
 def test_methods_with_the_same_statistics_share_a_score_file(first, then, run_cli, command, tmp_path, monkeypatch):
-    more = ["--neuron_score", "abs_sum", "--scores", tmp_path / "scores"]
-    assert run_cli(*command, "--prune_method", first, *more).code == 0
+    more = ["--scores", tmp_path / "scores"]
+    assert run_cli(*command, "--prune_method", *first, *more).code == 0
     monkeypatch.setattr("lib.prune.saliency_sums", None)
     monkeypatch.setattr("lib.baselines.activation_means", None)
-    done = run_cli(*command, "--prune_method", then, *more, "--global_pruning")
+    done = run_cli(*command, "--prune_method", *then, *more, "--global_pruning")
     assert done.code == 0 and "not computed again" in done.out
 
 

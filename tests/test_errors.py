@@ -122,6 +122,8 @@ def test_the_command_that_all_these_change_works(run_fresh, flags, scratch, tmp_
         (["--align", "64"], ["--align 64", "48"]),
         (["--align", "64", "--global_pruning"], ["--align 64", "48"]),
         (["--align", "4", "--prune_method", "afr"], ["--align 4", "afr"]),
+        (["--neuron_score", "snr", "--prune_method", "afr"], ["--neuron_score snr", "afr", "structured_snip"]),
+        (["--neuron_score", "snr", "--prune_method", "structured_flap"], ["--neuron_score snr", "structured_flap"]),
         (["--prune_method", "obesity"], ["--prune_method", "obesity", "structured_afr", "refer_svd"]),
         (["--neuron_score", "max"], ["--neuron_score", "max", "trimmed_mean"]),
         (["--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),

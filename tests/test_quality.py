@@ -43,7 +43,12 @@ def test_what_a_row_leaves_open_is_run_in_every_way(command):
     assert [r.rounds for r in asked(command, "structured_snip:layer:auto:3")] == [3]
 
 
-@pytest.mark.parametrize("written, wrong", [("structured_best", "unknown"), ("structured_afr:locl", "'locl'")])
+@pytest.mark.parametrize("written, wrong", [
+    ("structured_best", "unknown"),
+    ("structured_afr:locl", "'locl'"),
+    ("structured_wanda:snr", "leave snr out"),
+    ("afr:snr", "leave snr out"),
+])  # fmt: skip
 def test_a_wrong_word_is_named(command, written, wrong):
     with pytest.raises(UserError, match=wrong):
         asked(command, written)
