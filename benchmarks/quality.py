@@ -355,7 +355,9 @@ def summary(args: argparse.Namespace, rows: Sequence[Row], results: Results) -> 
 
 
 def _number(value: float, name: str) -> str:
-    return f"{value:.1%}" if name in (*choices.SETS, "accuracy") else f"{value:.2f}" if value < 1000 else f"{value:.0f}"
+    if name in (*choices.SETS, "accuracy"):
+        return f"{value:.1%}"
+    return f"{value:.2f}" if value < 1000 else f"{value:.0f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _pivot(found: pd.DataFrame, name: str, seeds: int) -> str:

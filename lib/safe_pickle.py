@@ -152,6 +152,7 @@ class _Reader(pickle.Unpickler):
         self.read: dict[str, Tensor] = {}  # tied weights share one storage
 
     def find_class(self, module, name):
+        """What the pickle names, if it is one of the few things a checkpoint needs. Raises UserError for all else."""
         if (module, name) == REBUILD_TENSOR:
             return self.rebuild_tensor
         found = _resolve(module, name)
@@ -160,12 +161,14 @@ class _Reader(pickle.Unpickler):
         return found
 
     def persistent_load(self, identifier):
+        """The dtype, name and number of elements of a storage: nothing is read before a tensor asks for it."""
         kind, storage_type, key, _, length = identifier
         if kind != "storage":
             raise pickle.UnpicklingError(f"unknown persistent object {kind!r}")
         return storage_type, key, length
 
     def rebuild_tensor(self, storage, offset, size, stride, *_):
+        """A tensor on its storage, in the dtype that was asked for."""
         saved_dtype, key, length = storage
         if length == 0:
             return torch.empty(size, dtype=saved_dtype)
