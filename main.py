@@ -39,6 +39,8 @@ def run(argv: list[str] | None) -> None:
     targets = checkpoint.targets(args.save_model, ratios)
     for target in filter(None, targets.values()):
         checkpoint.check_target(target, args.overwrite)
+    if args.scores:
+        sums.check_path(args.scores)
     parallel.start(args.cuda)
     record = Run(vars(args))
 
@@ -55,13 +57,13 @@ def run(argv: list[str] | None) -> None:
         record.calibrated(samples, data.fingerprint(samples), calibration.skipped)
         windows = steps.held_out(args, calibration, loaded, record) if args.eval_ppl else None
 
-    if parallel.is_main():
-        steps.measure(args, "dense", loaded, windows, samples, record)
     shapes = prune.sum_shapes(loaded.layers, method)
     nothing_to_choose = method.structured and not any(ratios)
     key, path = steps.score_key(args, loaded, record.data, method), None if nothing_to_choose else args.scores
-    with sums.open_scores(path, key, shapes) as kept:
+    with sums.open_scores(path, key, shapes, args.save_model or "pruned_model") as kept:
         found = None
+        if parallel.is_main():
+            steps.measure(args, "dense", loaded, windows, samples, record)
         if not nothing_to_choose:
             record.scores(args.scores, kept.is_complete)
             with record.phase("score"), memory.peak_memory(loaded.placement.main, record.peak_bytes, "scoring"):

@@ -5,9 +5,10 @@ import json
 import os
 import random
 import re
-import tempfile
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from lib import llava_data
+from lib import llava_data, locks
 from lib.errors import UserError
 from lib.tape import IGNORE, Sample
 
@@ -115,7 +116,26 @@ def _reading(name: str, data_dir: str) -> Iterator[None]:
 
 
 def _fetch(name: str, folder: Path) -> None:
-    """Load all splits from the Hub and save them to `folder`, which appears only when it is complete."""
+    """Load all splits from the Hub and save them to `folder`, which appears only when it is complete.
+
+    One process fetches; others that need the set wait for it.
+    """
+    made = [parent for parent in folder.absolute().parents if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locks.exclusive(folder, lambda holder: _note(f"--dataset {name}: {holder}, is fetching it; waiting")):
+            if not folder.exists():
+                _fetch_alone(name, folder)
+    except OSError as error:
+        raise UserError(f"--data_dir {folder.parent}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):  # a folder that is not empty stays
+            for parent in made:
+                parent.rmdir()
+
+
+def _fetch_alone(name: str, folder: Path) -> None:
+    """As `_fetch`, where no other process does the same. Raises OSError when the disk does not take it."""
     source = SETS[name]
     try:
         loaded = load_dataset(source.hub, source.configuration)
@@ -125,13 +145,17 @@ def _fetch(name: str, folder: Path) -> None:
             f"({type(error).__name__}); connect to the network once, or put a save_to_disk folder there "
             f"(see --data_dir)"
         ) from error
+    partial = folder.parent / f".{name}.partial"  # the same for every run: what a killed one left is replaced
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder.parent) as partial:
-            loaded.save_to_disk(Path(partial) / name)
-            os.rename(Path(partial) / name, folder)
-    except OSError as error:
-        raise UserError(f"--data_dir {folder.parent}: cannot be written ({error.strerror or error})") from error
+        shutil.rmtree(partial, ignore_errors=True)
+        loaded.save_to_disk(partial)
+        os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def read_file(path: str) -> str:

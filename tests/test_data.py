@@ -1,7 +1,10 @@
 """Calibration samples and held-out text: where they are found, what they say, and what they never contain."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from conftest import CALIBRATED, COLUMNS, SPLITS, made_up_row, save_made_up_set,
 from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lib import data
 from lib.data import Calibration, fingerprint, generate_windows, held_out_windows
 from lib.errors import UserError
 
@@ -484,3 +488,33 @@ def test_self_generated_text_is_measured_on_other_text_than_it_calibrates_on(lla
     assert windows.shape == (16, 20)
     assert not samples & {tuple(window.tolist()) for window in windows}
     assert "wikitext2" not in source
+
+
+# --- several runs that need one set -----------------------------------------------------------------
+
+
+def _fetching(data_dir, started, ended):
+    """As a run of its own: fetch wikitext2 from a Hub that answers slowly."""
+
+    def slow(*_):
+        started.put(os.getpid())
+        time.sleep(0.5)
+        return DatasetDict({"train": Dataset.from_dict({"text": ["a b"]})})
+
+    data.load_dataset = slow
+    ended.put(len(data.open_split("wikitext2", "train", str(data_dir))))
+
+
+def test_two_runs_that_need_one_set_fetch_it_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started, ended = context.Queue(), context.Queue()
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / ".wikitext2.partial").mkdir()  # a killed run's
+    runs = [context.Process(target=_fetching, args=(tmp_path / "sets", started, ended)) for _ in range(3)]
+    for run in runs:
+        run.start()
+    assert [ended.get(timeout=60) for _ in runs] == [1, 1, 1]
+    for run in runs:
+        run.join()
+    assert started.get() and started.empty()
+    assert [path.name for path in (tmp_path / "sets").iterdir()] == ["wikitext2"]
