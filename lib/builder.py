@@ -25,6 +25,7 @@ from lib.errors import UserError
 from lib.memory import GIB
 from lib.mlp import Layer, find_layers, forget_widths, only_towers
 from lib.offload import Placement, Resources, cast
+from lib.storage import unshare
 from lib.tape import HiddenStates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,10 +53,14 @@ class Source:
         return self.load(dtype)[0]
 
     def load(self, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, object]:
-        """The model as `model()` gives it, and its tokenizer or processor. Raises UserError."""
+        """The model as `model()` gives it, and its tokenizer or processor. Raises UserError.
+
+        No two weights share memory but those that the configuration ties, so that each can be pruned alone.
+        """
         config = self.config()
         if llava.is_llava(config):
-            return llava.load(self.name, self.arguments.get("cache_dir"), dtype)
+            model, processor = llava.load(self.name, self.arguments.get("cache_dir"), dtype)
+            return unshare(model), processor
         tokenizer = self._load(AutoTokenizer)
         extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {}
         dtype = torch.float32 if self.is_gguf and dtype == "auto" else dtype
@@ -64,7 +69,7 @@ class Source:
             model = forget_widths(self._load_whole(modeling_pruned.pruned(causal_class(config)), dtype=dtype))
         else:
             model = self._load_whole(AutoModelForCausalLM, dtype=dtype, **extra)
-        return model.eval().requires_grad_(False), tokenizer
+        return unshare(model).eval().requires_grad_(False), tokenizer
 
     def _load_whole(self, model_class, **extra) -> nn.Module:
         """The model, unless the checkpoint lacks a weight; transformers would make one up."""

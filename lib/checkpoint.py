@@ -17,10 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, ProcessorMixin
 
-from lib import modeling_pruned, safe_pickle
-from lib.errors import UserError
-from lib.mlp import Layer, describe_widths, find_layers
+from lib import memory, modeling_pruned, safe_pickle
+from lib.errors import OutOfMemoryUserError, UserError
+from lib.inert_pickle import RefusedPickleError
+from lib.mlp import Layer, describe_widths
 from lib.prune import Selection, blocks_of
+from lib.rebuild import fitting, harmless, rebuild
 
 KEPT_NEURONS = "kept_neurons.safetensors"
 KEPT_WEIGHTS = "kept_weights.safetensors"
@@ -161,34 +163,79 @@ def save_folder(folder: Path, model: nn.Module, layers: Sequence[Layer]) -> None
 def verify(folder: Path, model: nn.Module, inputs: dict[str, torch.Tensor], formats: Sequence[str]) -> None:
     """Load what was saved as its users will; compare its weights, bit by bit, and its logits on model inputs.
 
-    Moves `model` to the CPU. Raises UserError when a form does not load or is not the same model.
+    Moves `model` to the CPU. Raises UserError when a form does not load or is not the same model; an error that says
+    that memory ran out says nothing about the form, and passes.
     """
     model.to("cpu")
-    with torch.no_grad():
-        wanted = model(**inputs).logits.float()
-        for form in formats:
-            try:
-                found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
-                reason = _difference(found, model, found(**inputs).logits.float(), wanted)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
-            if reason:
-                raise UserError(
-                    f"--save_model: the saved {form} form, loaded back, is not the pruned model ({reason}); "
-                    "nothing was kept. Another --save_format may work; please report the model family"
-                )
+    wanted, dtype = _finite_logits(model, inputs)
+    for form in formats:
+        try:
+            found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
+            reason = _different_weights(found, model) or _different_logits(logits_in(found, inputs, dtype), wanted, dtype)
+        except OutOfMemoryUserError:
+            raise
+        except Exception as error:
+            if memory.ran_out(error):
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        if reason:
+            raise UserError(
+                f"--save_model: the saved {form} form, loaded back, is not the pruned model ({reason}); "
+                "nothing was kept. Another --save_format may work; please report the model family"
+            )
 
 
-def _difference(found: nn.Module, model: nn.Module, logits: torch.Tensor, wanted: torch.Tensor) -> str:
-    """What tells the models apart; empty when nothing does."""
+def _finite_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.dtype]:
+    """The model's logits and the dtype they are computed in: its own, or float32 where that overflows, as float16 may.
+
+    Raises UserError for a model that computes no numbers in float32 either.
+    """
+    for dtype in dict.fromkeys((model.dtype, torch.float32)):
+        logits = logits_in(model, inputs, dtype)
+        if logits.isfinite().all():
+            return logits, dtype
+    if logits.isnan().any():  # a model may forbid tokens by logits of minus infinity
+        raise UserError(
+            "--save_model: the pruned model's logits are NaN on a calibration sample, in float32 too; nothing was "
+            "kept. Lower --pruning_ratio, or add --no_verify to keep it as it is"
+        )
+    return logits, dtype
+
+
+@torch.no_grad()
+def logits_in(model: nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Logits `[batch, tokens, vocabulary]`, float32, computed in `dtype`; the model has its own dtypes again afterwards.
+
+    The weights survive unchanged where `dtype` holds all values of their own.
+    """
+    own = {tensor: tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
+    if dtype == model.dtype:
+        return model(**inputs).logits.float()
+    try:
+        model.to(dtype)
+        return model(**inputs).logits.float()
+    finally:
+        for tensor, dtype in own.items():
+            tensor.data = tensor.data.to(dtype)
+
+
+def _different_weights(found: nn.Module, model: nn.Module) -> str:
+    """The first weight that is not the same in both models; empty when all are."""
     weights = found.state_dict()
     for name, weight in model.state_dict().items():
         if name not in weights or not torch.equal(weights[name], weight):
             return f"{name} differs"
+    return ""
+
+
+def _different_logits(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> str:
+    """Says so when logits `[batch, tokens, vocabulary]` differ by more than rounding in `dtype`; else empty."""
     # The layout of a weight in memory decides how its products are rounded, so equal weights give logits
     # that are equal only up to the precision of their dtype.
-    allowed = 8 * torch.finfo(model.dtype).eps * math.sqrt(wanted.numel())
-    return "" if (logits - wanted).norm() <= allowed * wanted.abs().max() else "its logits differ"
+    allowed = 8 * torch.finfo(dtype).eps * math.sqrt(wanted.numel())
+    finite = wanted.isfinite()
+    difference = torch.where(logits == wanted, 0, logits - wanted)  # infinity equals infinity
+    return "" if difference.norm() <= allowed * wanted[finite].abs().max() else "its logits differ"
 
 
 def load_folder(folder: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -297,46 +344,43 @@ def load_bin(path: str | Path, dtype: torch.dtype | str = "auto", trust: bool = 
 
     `path` may be the folder that holds one.
 
-    The pickle is never executed as it stands (see `lib.safe_pickle`): configuration and weights are taken from
-    it and the model is built anew, each weight in `dtype` ("auto": as saved). So nothing hostile runs, and nothing
-    is lost that transformers adds only when it builds a model. `trust` unpickles anything, as `torch.load` does.
+    The pickle is never executed (see `lib.safe_pickle`): configuration and weights are taken from it and the model is
+    built anew, each weight in `dtype` ("auto": as saved). So nothing hostile runs, and nothing is lost that
+    transformers adds only when it builds a model. `trust` unpickles anything, as `torch.load` does.
 
-    Raises UserError for a missing or damaged file, for names that a saved model does not need, and for a pickle
-    that holds something else than a model and a tokenizer.
+    Raises UserError for a missing or damaged file, for names that a saved model does not need, for a pickle that
+    holds something else than a model and a tokenizer, and where memory does not suffice.
     """
     path = Path(path) / MODEL_BIN if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a {MODEL_BIN} or the folder that holds one")
     try:
-        held = torch.load(path, map_location="cpu", weights_only=False) if trust else safe_pickle.read(path, dtype)
-        model, processor = held["model"], held.get("processor", held["tokenizer"])
-        model_class = type(model) if trust else model.model_class()
-        return rebuild(model_class, model.config, model.state_dict(), model.generation_config, dtype), processor
-    except (UserError, MemoryError):
+        return _trusted(path, dtype) if trust else _untrusted(path, dtype)
+    except UserError:
         raise
+    except RefusedPickleError as error:
+        raise UserError(f"{path}: {error}; copy it again or save the model anew") from error
     except Exception as error:
+        if memory.ran_out(error):
+            raise OutOfMemoryUserError(
+                f"{path}: does not fit into memory ({path.stat().st_size / memory.GIB:.2f} GiB of weights); "
+                "free some, or use a machine with more"
+            ) from error
         raise UserError(
             f"{path}: is damaged, or was not saved by this tool ({type(error).__name__}); copy it again or "
             "save the model anew"
         ) from error
 
 
-def rebuild(model_class: type, config, state: dict[str, torch.Tensor], generation_config, dtype) -> nn.Module:
-    """A model of this class and configuration with these weights, its MLPs as wide as the weights say.
+def _untrusted(path: Path, dtype: torch.dtype | str) -> tuple[nn.Module, object]:
+    saved = safe_pickle.read(path)
+    config = harmless(saved.model_class, saved.config)
+    model_class, config = fitting(saved.model_class, config, saved.state)
+    return rebuild(model_class, config, saved.weights(dtype), saved.generation_config, dtype), saved.processor
 
-    Raises KeyError for a weight that is missing.
-    """
-    with torch.device("meta"):
-        skeleton = model_class(copy.deepcopy(config))
-    if any(state[name].shape != p.shape for name, p in skeleton.named_parameters()):
-        layers = find_layers(skeleton)
-        outputs = {layer.block.name: layer.block.projections[-1] for layer in layers if layer.block}
-        widths = [state[f"{name}.{p.name}.weight"].shape[0 if p.neurons_first else 1] for name, p in outputs.items()]
-        config = copy.deepcopy(config)
-        describe_widths(config, layers, widths)
-        model_class = modeling_pruned.pruned(model_class)
-    if dtype == "auto":
-        dtype = next(weight.dtype for weight in state.values() if weight.is_floating_point())
-    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    model.generation_config = generation_config
-    return model.eval().requires_grad_(False)
+
+def _trusted(path: Path, dtype: torch.dtype | str) -> tuple[nn.Module, object]:
+    found = torch.load(path, map_location="cpu", weights_only=False)
+    model, state = found["model"], found["model"].state_dict()
+    model_class, config = fitting(type(model), model.config, state)
+    return rebuild(model_class, config, state, model.generation_config, dtype), found.get("processor", found["tokenizer"])

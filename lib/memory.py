@@ -1,5 +1,6 @@
 """How much memory is in use, at most: of a GPU, else of this process."""
 
+import errno
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,3 +43,15 @@ def available_bytes() -> int:
             return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
     except (OSError, StopIteration):
         return 2**63
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left, on a device or in the machine."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # How torch's allocator on the CPU, and a failed mapping of a file, say it.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    )

@@ -1,21 +1,21 @@
 """Read a pickled model without executing the pickle: weights and configuration come out, code does not run.
 
-A pickle is a program that may call anything it can name. Here a name resolves to one of three things: a
-real class that only holds data (configurations, tokenizers, containers), a stand-in that records what it is
-given (every module and function of torch and transformers), or a refusal.
+`lib.inert_pickle` turns the pickle into records of what it would build. Of these, only data are built here: plain
+values, the configurations, tokenizers and processors of transformers (looked up by name among its public classes;
+their own code is not called with anything from the file), and the weights, as they stand in the archive.
 """
 
-import collections
-import importlib
-import io
-import pickle
-import pickletools
-import re
+import sys
 import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 import torch
+import transformers
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -27,12 +27,18 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import SizeDict
 
+from lib import inert_pickle
 from lib.errors import UserError
+from lib.inert_pickle import Built, Name, Persistent, RefusedPickleError, checked_key
 
-REBUILD_TENSOR = ("torch._utils", "_rebuild_tensor_v2")
-REBUILDERS = ("torch._utils", "torch._tensor")  # a weight must not become a stand-in by mistake
-RECORDED = ("torch", "transformers")  # packages whose names may occur
-PIECE = 2**22  # elements that are read at once
+PACKAGES = ("torch", "transformers", "tokenizers")  # whose names may occur, as records
+OTHER_NAMES = inert_pickle.DICTIONARIES | {
+    ("functools", "partial"),
+    ("_codecs", "encode"),
+    ("PIL.Image", "Resampling"),
+    *((module, name) for module in ("builtins", "__builtin__") for name in ("set", "frozenset", "object", "slice")),
+}
+# Kinds of objects that hold data, made anew with the attributes that the file gives, without their `__init__`.
 DATA_CLASSES = (
     PreTrainedConfig,
     GenerationConfig,
@@ -40,29 +46,7 @@ DATA_CLASSES = (
     ProcessorMixin,
     ImageProcessingMixin,
     SizeDict,
-    Enum,
-    torch.dtype,
 )
-BUILTINS = {
-    kind.__name__: kind
-    for kind in (
-        set,
-        frozenset,
-        list,
-        dict,
-        tuple,
-        int,
-        float,
-        str,
-        bytes,
-        bytearray,
-        bool,
-        complex,
-        slice,
-        range,
-        object,
-    )
-}
 STORAGES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -75,171 +59,297 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+PIECE = 2**22  # elements that are read at once
+LARGEST_PROGRAM = 2**28  # bytes of pickle; a tokenizer with 256,000 tokens takes a quarter of it
+MOST_VALUES = 20_000_000  # in what is not a weight, shared ones counted wherever they occur
+MOST_MODULES = 1_000_000  # modules, parameters and buffers, counted likewise
+DEEPEST = 64
+LONGEST_NAME = 256
 
 
-class Record:
-    """Stands where the pickle has an object of torch or transformers; keeps its attributes, does nothing."""
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a weight is in the archive; nothing of it is read yet. Sizes are in elements."""
 
-    path = ("", "")  # module and name of what it stands for
+    key: str
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
-    def __new__(cls, *args, **kwargs):
-        return object.__new__(cls)
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it is one of real numbers, as every weight is that is not quantised."""
+        return self.dtype.is_floating_point
 
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        self.__dict__.update(state if isinstance(state, dict) else {})
-
-    def __setitem__(self, key, value):
-        pass
-
-    def model_class(self) -> type:
-        """The model class this stands for. Raises TypeError when it stands for anything else."""
-        found = getattr(importlib.import_module(self.path[0]), self.path[1])
-        if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-            raise TypeError(f"{found} is not a model")
-        return found
-
-    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
-        """The weights and persistent buffers below this module, by name, as `nn.Module.state_dict` has them."""
-        held = vars(self)
-        transient = held.get("_non_persistent_buffers_set", ())
-        state = {prefix + n: t for n, t in held.get("_parameters", {}).items() if t is not None}
-        state |= {prefix + n: t for n, t in held.get("_buffers", {}).items() if t is not None and n not in transient}
-        for name, module in held.get("_modules", {}).items():
-            if module is not None:
-                state |= module.state_dict(f"{prefix}{name}.")
-        return state
+    @property
+    def end(self) -> int:
+        """The number of elements that its storage must have."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return self.offset + last + 1 if all(self.shape) else 0
 
 
-def read(path: Path, dtype: torch.dtype | str = "auto") -> object:
-    """The object that `torch.save` wrote, with Records for its modules and floating weights in `dtype`.
+@dataclass(frozen=True)
+class Saved:
+    """What a `model.bin` holds. `state` has what `nn.Module.state_dict` would have, not read yet."""
 
-    No weight is ever in memory twice. Raises UserError that lists what is not allowed;
-    other exceptions mean a damaged file.
+    path: Path
+    folder: str  # in the archive
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    generation_config: GenerationConfig | None
+    processor: object
+    state: dict[str, StoredTensor]
+
+    def weights(self, dtype: torch.dtype | str = "auto") -> dict[str, Tensor]:
+        """The weights, floating ones in `dtype` ("auto": as saved). Those that share a storage share memory.
+
+        No weight is ever in memory twice. Raises RefusedPickleError where the archive does not hold what it should.
+        """
+        with zipfile.ZipFile(self.path) as archive:
+            storages = {}
+            for stored in self.state.values():
+                if stored.end and (stored.key, stored.dtype) not in storages:
+                    storages[stored.key, stored.dtype] = self._storage(archive, stored, dtype)
+            return {name: _view(stored, storages) for name, stored in self.state.items()}
+
+    def _storage(self, archive: zipfile.ZipFile, stored: StoredTensor, dtype: torch.dtype | str) -> Tensor:
+        """All elements of a storage; it is read and converted in pieces, so that it never exists twice."""
+        record = archive.getinfo(f"{self.folder}data/{stored.key}")
+        dtype = dtype if stored.is_floating_point and dtype != "auto" else stored.dtype
+        elements = torch.empty(record.file_size // stored.dtype.itemsize, dtype=dtype)
+        with archive.open(record) as file:
+            for piece in elements.split(PIECE):
+                data = bytearray(file.read(len(piece) * stored.dtype.itemsize))
+                piece.copy_(torch.frombuffer(data, dtype=stored.dtype))
+        return elements
+
+
+def _view(stored: StoredTensor, storages: dict[tuple[str, torch.dtype], Tensor]) -> Tensor:
+    if not stored.end:
+        return torch.empty(stored.shape, dtype=stored.dtype)
+    elements = storages[stored.key, stored.dtype]
+    if stored.end > len(elements):
+        raise RefusedPickleError(f"holds a weight that goes beyond its storage {stored.key}")
+    return elements.as_strided(stored.shape, stored.stride, stored.offset)
+
+
+def read(path: Path) -> Saved:
+    """What `torch.save({"model": model, "tokenizer": tokenizer})` wrote, its weights left in the file.
+
+    Raises UserError that lists names that are not allowed, RefusedPickleError for other things that no saved model
+    holds. Other exceptions mean a damaged file.
     """
     with zipfile.ZipFile(path) as archive:
-        program = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        data = archive.read(program)
-        unknown = (name for name in named_globals(data) - {REBUILD_TENSOR} if _resolve(*name) is None)
-        refused = sorted(map(".".join, unknown))
-        if refused:
-            raise UserError(
-                f"{path}: names {', '.join(refused[:5])}, which a saved model does not need and which may "
-                "run code; use the Hugging Face folder, or trust the checkpoint explicitly if you made it"
-            )
-        return _Reader(data, archive, program.removesuffix("data.pkl"), dtype).load()
-
-
-def named_globals(data: bytes) -> set[tuple[str, str]]:
-    """Every `(module, name)` that a pickle refers to, found without running it."""
-    found, strings = set(), []
-    for code, argument, _ in pickletools.genops(data):
-        if code.name in ("GLOBAL", "INST"):
-            found.add(tuple(argument.split(" ", 1)))
-        elif code.name == "STACK_GLOBAL":
-            found.add(tuple(strings[-2:]))
-        elif isinstance(argument, str):
-            strings.append(argument)
-    return found
-
-
-class _Reader(pickle.Unpickler):
-    def __init__(self, data: bytes, archive: zipfile.ZipFile, folder: str, dtype):
-        super().__init__(io.BytesIO(data))
-        self.archive, self.folder, self.dtype = archive, folder, dtype
-        self.read: dict[str, Tensor] = {}  # tied weights share one storage
-
-    def find_class(self, module, name):
-        """What the pickle names, if it is one of the few things a checkpoint needs. Raises UserError for all else."""
-        if (module, name) == REBUILD_TENSOR:
-            return self.rebuild_tensor
-        found = _resolve(module, name)
-        if found is None:
-            raise UserError(f"the checkpoint names {module}.{name}, which is not allowed")
-        return found
-
-    def persistent_load(self, identifier):
-        """The dtype, name and number of elements of a storage: nothing is read before a tensor asks for it."""
-        kind, storage_type, key, _, length = identifier
-        if kind != "storage":
-            raise pickle.UnpicklingError(f"unknown persistent object {kind!r}")
-        return storage_type, key, length
-
-    def rebuild_tensor(self, storage, offset, size, stride, *_):
-        """A tensor on its storage, in the dtype that was asked for."""
-        saved_dtype, key, length = storage
-        if length == 0:
-            return torch.empty(size, dtype=saved_dtype)
-        if key not in self.read:
-            self.read[key] = self.read_storage(key, saved_dtype)
-        return self.read[key].as_strided(size, stride, offset)
-
-    def read_storage(self, key: str, saved_dtype: torch.dtype) -> Tensor:
-        """All elements of a storage; it is read and converted in pieces, so that it never exists twice."""
-        record = self.archive.getinfo(f"{self.folder}data/{key}")
-        dtype = self.dtype if saved_dtype.is_floating_point and self.dtype != "auto" else saved_dtype
-        held = torch.empty(record.file_size // saved_dtype.itemsize, dtype=dtype)
-        with self.archive.open(record) as file:
-            for piece in held.split(PIECE):
-                data = bytearray(file.read(len(piece) * saved_dtype.itemsize))
-                piece.copy_(torch.frombuffer(data, dtype=saved_dtype))
-        return held
-
-
-def _resolve(module: str, name: str) -> object | None:
-    """What a name in the pickle becomes; None where it is refused."""
-    if (module, name) in _STAND_INS:
-        return _STAND_INS[module, name]
-    if module in ("builtins", "__builtin__"):
-        return BUILTINS.get(name)
-    if module == "torch" and name in STORAGES:
-        return STORAGES[name]
-    if module.split(".")[0] == "tokenizers":
-        found = getattr(importlib.import_module(module), name, None)
-        return found if isinstance(found, type) else None
-    if module.split(".")[0] not in RECORDED or module in REBUILDERS or "." in name:
-        return None
-    found = getattr(importlib.import_module(module), name, None) if module == "torch" or _holds_data(name) else None
-    if isinstance(found, torch.dtype) or (isinstance(found, type) and issubclass(found, DATA_CLASSES)):
-        return found
-    return type(name, (Record,), {"path": (module, name)})
-
-
-def _holds_data(name: str) -> bool:
-    """Only modules that may hold a data class are imported at all."""
-    return name.endswith(
-        (
-            "Config",
-            "Tokenizer",
-            "TokenizerFast",
-            "Backend",
-            "Pil",
-            "Resampling",
-            "Strategy",
-            "Type",
-            "Mode",
-            "Processor",
-            "SizeDict",
+        folder, program = _program(path, archive)
+    held, names = inert_pickle.run(program)
+    if refused := sorted({f"{n.module}.{n.name}"[:80] for n in names if not _is_allowed(n)}):
+        raise UserError(
+            f"{path}: names {', '.join(map(_printable, refused[:5]))}, which a saved model does not need and which "
+            "may run code; use the Hugging Face folder, or trust the checkpoint explicitly if you made it"
         )
+    if not (isinstance(held, dict) and isinstance(held.get("model"), Built)):
+        raise RefusedPickleError("does not hold a model")
+    model, build = held["model"], _Builder()
+    attributes = _attributes(model)
+    return Saved(
+        path,
+        folder,
+        _class_of(model, PreTrainedModel),
+        build.object(attributes["config"], PreTrainedConfig),
+        build.object(attributes["generation_config"], GenerationConfig) if attributes["generation_config"] else None,
+        build.value(held["processor"] if "processor" in held else held["tokenizer"]),
+        dict(_state(model)),
     )
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
+def _is_allowed(name: Name) -> bool:
+    return name.module.split(".")[0] in PACKAGES or (name.module, name.name) in OTHER_NAMES
 
 
-_STAND_INS = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): collections.defaultdict,
-    ("functools", "partial"): type("partial", (Record,), {"path": ("functools", "partial")}),
-    ("re", "_compile"): re.compile,  # tokenizers keep patterns
-    ("_codecs", "encode"): _encode_latin1,  # how protocol 2 writes bytes
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda function, kind, arguments, state: function(*arguments),
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-    ("torch", "Tensor"): type("Tensor", (Record,), {"path": ("torch", "Tensor")}),
-}
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _program(path: Path, archive: zipfile.ZipFile) -> tuple[str, bytes]:
+    """The folder in the archive and its pickle. Raises RefusedPickleError for an archive that torch did not write.
+
+    torch compresses nothing and stores nothing twice, so what the archive unpacks to is never larger than its file.
+    """
+    records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size for record in records):
+        raise RefusedPickleError("is compressed, which torch.save does not do")
+    if sum(record.file_size for record in records) > path.stat().st_size:
+        raise RefusedPickleError("claims to hold more than the file does")
+    programs = [record for record in records if record.filename.endswith("/data.pkl")]
+    if len(programs) != 1 or len({record.filename for record in records}) != len(records):
+        raise RefusedPickleError("holds the same record more than once, or no data.pkl")
+    if programs[0].file_size > LARGEST_PROGRAM:
+        raise RefusedPickleError(f"holds a pickle of more than {LARGEST_PROGRAM >> 20} MiB, more than any model needs")
+    folder = programs[0].filename.removesuffix("data.pkl")
+    if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder").decode() != sys.byteorder:
+        raise RefusedPickleError("was saved on a machine with the other byte order; use the Hugging Face folder")
+    return folder, archive.read(programs[0])
+
+
+# --- objects ----------------------------------------------------------------------------------------
+
+
+class _Builder:
+    """Builds data from records. Shared values are built wherever they occur, so that nothing that walks through the
+    result later takes longer than this did."""
+
+    def __init__(self):
+        self.left = MOST_VALUES
+
+    def value(self, node: object, depth: int = 0) -> object:
+        """The value of a record. Raises RefusedPickleError for what is no data, or too much of it."""
+        self.left -= 1
+        if self.left < 0 or depth > DEEPEST:
+            raise RefusedPickleError("holds values that are nested or repeated more than in any saved model")
+        kind = type(node)
+        if node is None or kind in (bool, int, float, str):
+            return node
+        if kind in (list, tuple):
+            return kind(self.value(item, depth + 1) for item in node)
+        if kind is dict:
+            return {self.value(key, depth + 1): self.value(item, depth + 1) for key, item in node.items()}
+        if kind is Name and node.module == "torch" and isinstance(vars(torch).get(node.name), torch.dtype):
+            return vars(torch)[node.name]
+        if kind is Built and isinstance(node.of, Name) and not node.filled:
+            return self.built(node, depth)
+        raise RefusedPickleError(f"holds {_printable(_described(node))} where only data belong")
+
+    def built(self, node: Built, depth: int) -> object:
+        """An object that is more than a plain value."""
+        path = node.of.module, node.of.name
+        if path == ("_codecs", "encode"):
+            return self.bytes(node)
+        if path[1] in ("set", "frozenset") and path in OTHER_NAMES:
+            return set(map(checked_key, self.value(node.arguments[0], depth + 1)))
+        if path == ("tokenizers", "AddedToken"):
+            return AddedToken(**self.value(node.state, depth + 1))
+        if path == ("tokenizers", "Tokenizer"):
+            return _tokenizer(self.bytes(node.state))
+        if path == ("PIL.Image", "Resampling"):
+            return Image.Resampling(self.value(node.arguments[0], depth + 1))
+        return self.object(node, (*DATA_CLASSES, Enum), depth)
+
+    def object(self, node: Built, kinds, depth: int = 0) -> object:
+        """An instance of a class of transformers that is one of `kinds`, its `__init__` not called."""
+        found = _class_of(node, kinds)
+        if issubclass(found, Enum):
+            return found(self.value(node.arguments[0], depth + 1))
+        state = self.value(node.state, depth + 1)
+        if type(state) is not dict or not all(type(name) is str for name in state):
+            raise RefusedPickleError(f"holds a {found.__name__} without attributes")
+        made = object.__new__(found)
+        vars(made).update(state)
+        return made
+
+    def bytes(self, node: object) -> bytes:
+        """Bytes, which protocol 2 writes as a call that encodes a text."""
+        if not isinstance(node, Built) or node.of != Name("_codecs", "encode") or type(node.arguments) is not tuple:
+            raise RefusedPickleError("holds something else where bytes belong")
+        text, encoding = node.arguments
+        self.left -= len(text) // 16
+        if self.left < 0 or encoding != "latin1":
+            raise RefusedPickleError("holds bytes that are repeated more than in any saved model")
+        return text.encode("latin1")
+
+
+def _tokenizer(data: bytes) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(data.decode("utf-8"))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in the library is no Exception
+        raise RefusedPickleError("holds a tokenizer that cannot be read") from error
+
+
+def _class_of(node: object, kinds) -> type:
+    """The class of transformers that a record is an instance of: a public one, or one of a module that is loaded.
+
+    So a module is imported only for the public names that transformers itself says it has.
+    """
+    of = node.of if isinstance(node, Built) else None
+    if isinstance(of, Name) and of.module.split(".")[0] == "transformers":
+        found = getattr(transformers, of.name, None) or getattr(sys.modules.get(of.module), of.name, None)
+        if isinstance(found, type) and issubclass(found, kinds):
+            return found
+    raise RefusedPickleError(f"holds {_printable(_described(node))} where only data belong")
+
+
+def _described(node: object) -> str:
+    while isinstance(node, Built) and isinstance(node.of, Name):
+        node = node.of
+    return f"{node.module}.{node.name}"[:80] if isinstance(node, Name) else f"a {type(node).__name__}"
+
+
+# --- weights ----------------------------------------------------------------------------------------
+
+
+def _attributes(module: Built) -> dict:
+    if not isinstance(module, Built) or type(module.state) is not dict:
+        raise RefusedPickleError("does not hold a model")
+    return module.state
+
+
+def _state(model: Built) -> Iterator[tuple[str, StoredTensor]]:
+    """The weights and persistent buffers of a model by name, as `nn.Module.state_dict` has them."""
+    left, waiting = MOST_MODULES, [("", 0, model)]
+    while waiting:
+        prefix, depth, module = waiting.pop()
+        attributes = _attributes(module)
+        transient = _transient(attributes.get("_non_persistent_buffers_set"))
+        members = [attributes.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")]
+        left -= 1 + len(transient) + sum(map(len, members))
+        if left < 0 or depth > DEEPEST:
+            raise RefusedPickleError("holds more modules than any model has")
+        for name in (name for group in members for name in group):
+            if type(name) is not str or len(name) > LONGEST_NAME:
+                raise RefusedPickleError("holds a module whose name is none")
+        parameters, buffers, modules = members
+        kept = {name: buffer for name, buffer in buffers.items() if name not in transient}
+        yield from ((prefix + name, _stored(node)) for name, node in (parameters | kept).items() if node is not None)
+        waiting += [(f"{prefix}{name}.", depth + 1, child) for name, child in modules.items() if child is not None]
+
+
+def _transient(node: object) -> set[str]:
+    """The names of a module's buffers that no checkpoint holds."""
+    names = node.arguments[0] if isinstance(node, Built) and node.arguments else []
+    return {name for name in names if type(name) is str}
+
+
+def _stored(node: object) -> StoredTensor:
+    """Where a weight stands, from the calls that would rebuild it. Raises RefusedPickleError for any other call."""
+    for _ in range(4):  # a parameter of a tensor, in a call that restores its attributes
+        if not isinstance(node, Built) or not isinstance(node.of, Name) or type(node.arguments) is not tuple:
+            break
+        of, arguments = (node.of.module, node.of.name), node.arguments
+        if of in (("torch._utils", "_rebuild_parameter"), ("torch._utils", "_rebuild_parameter_with_state")):
+            node = arguments[0]
+        elif of == ("torch._tensor", "_rebuild_from_type_v2"):
+            node = Built(arguments[0], arguments[2])
+        elif of == ("torch._utils", "_rebuild_tensor_v2"):
+            return _checked(*arguments[:4])
+        else:
+            break
+    raise RefusedPickleError(f"holds {_printable(_described(node))} where a weight belongs")
+
+
+def _checked(storage: object, offset: object, shape: object, stride: object) -> StoredTensor:
+    identifier = storage.identifier if isinstance(storage, Persistent) else None
+    if type(identifier) is not tuple or len(identifier) != 5 or not isinstance(identifier[1], Name):
+        raise RefusedPickleError("holds a weight without a storage")
+    kind, storage_type, key, _, elements = identifier
+    dtype = STORAGES.get(storage_type.name) if kind == "storage" and storage_type.module == "torch" else None
+    sizes = [offset, elements, *shape, *stride] if type(shape) is type(stride) is tuple else [-1]
+    fits = all(type(size) is int and 0 <= size < 2**48 for size in sizes) and len(shape) == len(stride) <= 8
+    if dtype is None or type(key) is not str or not fits:
+        raise RefusedPickleError("holds a weight whose dtype or shape is none")
+    stored = StoredTensor(key, dtype, offset, shape, stride)
+    # A view that repeats elements can be made as large as one likes; no weight is one.
+    if stored.end and (stored.end > elements or torch.Size(shape).numel() > elements):
+        raise RefusedPickleError(f"holds a weight that goes beyond its storage {key[:80]}")
+    return stored
