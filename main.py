@@ -28,17 +28,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str] | None) -> None:
-    """Parse, load, calibrate, score; for each ratio select, compensate, prune, save, report."""
-    from lib import builder, checkpoint, compensate, data, evaluate, memory, options, parallel, prune, steps, sums, tape
-    from lib.summary import Run
+    """Parse the command line, then prune while the folders for the results are reserved."""
+    from lib import builder, options, target
 
     args = options.parse(argv)
-    ratios = options.ratios_of(args)
     builder.quiet_libraries()
-    method = prune.METHODS[args.prune_method]
-    targets = checkpoint.targets(args.save_model, ratios)
-    for target in filter(None, targets.values()):
-        checkpoint.check_target(target, args.overwrite)
+    with target.reserved(args, options.ratios_of(args)) as targets:
+        prune_at_ratios(args, targets)
+
+
+def prune_at_ratios(args, targets) -> None:
+    """Load, calibrate, score; for each ratio select, compensate, prune, save to its target, report."""
+    from lib import builder, compensate, data, evaluate, memory, parallel, prune, steps, sums, tape
+    from lib.summary import Run
+
+    ratios, method = list(targets), prune.METHODS[args.prune_method]
     if args.scores:
         sums.check_path(args.scores)
     parallel.start(args.cuda)
@@ -50,6 +54,7 @@ def run(argv: list[str] | None) -> None:
                               args.offload, args.max_memory)  # fmt: skip
         compensate.refuse_impossible(loaded.model, loaded.layers, args.compensate)
         record.dense(evaluate.size(loaded.model, loaded.layers), loaded)
+        steps.refuse_full_disks(args, targets, loaded, record.before)
 
     with record.phase("calibrate"), loaded.placement.running():
         samples = calibration.samples(loaded.model, loaded.processor, args.nsamples, loaded.seqlen, args.seed)

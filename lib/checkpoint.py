@@ -3,12 +3,9 @@
 import copy
 import json
 import math
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,78 +33,6 @@ def choose_formats(requested: str, across_layers: bool) -> list[str]:
     if requested == "auto":
         requested = "both" if across_layers else "hf"
     return ["hf", "bin"] if requested == "both" else [requested]
-
-
-def targets(save_model: str | None, ratios: Sequence[float]) -> dict[float, str | None]:
-    """The folder for each ratio: `save_model` itself for one, one below it for each of several."""
-    if save_model is None or len(ratios) == 1:
-        return dict.fromkeys(ratios, save_model)
-    return {ratio: str(Path(save_model) / str(ratio)) for ratio in ratios}
-
-
-def check_target(target: str, overwrite: bool) -> None:
-    """Raise UserError unless a result can be written to the folder `target` later on. Leaves nothing behind."""
-    path = Path(target)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--save_model {target}: is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"--save_model {target}: the folder is not empty; name another, or add --overwrite")
-    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=ancestor))
-    except OSError as error:
-        raise UserError(f"--save_model {target}: cannot write to {ancestor} ({error.strerror})") from error
-
-
-@contextmanager
-def complete_or_absent(target: str) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error.
-
-    Otherwise everything is as it was. Raises UserError when the disk does not take it.
-    """
-    path = Path(target).absolute()
-    missing = [parent for parent in path.parents if not parent.exists()]
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield partial
-        _share(partial)
-        _replace(path, partial)
-    except OSError as error:
-        raise UserError(f"--save_model {target}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if partial:
-            shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # a parent that is not empty stays
-            for parent in missing:
-                parent.rmdir()
-
-
-def _replace(path: Path, new: Path) -> None:
-    """Put the folder `new` where `path` is; when that fails, the old one comes back."""
-    if not path.exists():
-        os.rename(new, path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        os.rename(path, aside / "old")
-        os.rename(new, path)
-    except BaseException:
-        if not path.exists():
-            os.rename(aside / "old", path)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _share(folder: Path) -> None:
-    """Give the files the permissions that the user's umask asks for; safetensors and mkdtemp make them private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
 
 
 def save(folder: Path, model: nn.Module, layers: Sequence[Layer], processor, formats: Sequence[str]) -> None:

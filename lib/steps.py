@@ -5,15 +5,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lib import builder, checkpoint, data, evaluate, memory, prune, report, tape
+from lib import builder, checkpoint, data, evaluate, memory, prune, report, tape, target
 from lib import compensate as compensation
-from lib.builder import Loaded
+from lib.builder import DTYPES, Loaded
 from lib.compensate import Fit
 from lib.mlp import find_layers, only_towers
+from lib.modules_cache import temporary_modules_cache
 from lib.prune import Selection
+from lib.result_folder import files_of
 from lib.summary import Run
 from lib.sums import InMemory
 from lib.tape import Sample
+from lib.target import Target
 from lib.vectors import ModelVector
 
 VERIFY_TOKENS = 64
@@ -145,18 +148,33 @@ def compensate(
     return fits
 
 
+def refuse_full_disks(
+    args: argparse.Namespace, targets: dict[float, Target | None], loaded: Loaded, size: evaluate.Size
+) -> None:
+    """Raise UserError when the weights of the results are sure not to fit on the disk."""
+    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
+    structured = prune.METHODS[args.prune_method].structured
+    bytes_each = DTYPES.get(args.dtype, loaded.own_dtype).itemsize * len(formats)
+    needed = {
+        place: int((size.total - (ratio * size.mlp if structured else 0)) * bytes_each)
+        for ratio, place in targets.items()
+        if place
+    }
+    target.refuse_full_disks(needed)
+
+
 def save(
     args: argparse.Namespace,
-    target: str,
+    place: Target,
     loaded: Loaded,
     selection: Selection,
     fits: Sequence[Fit] | None,
     samples: Sequence[Sample],
     result: Run,
 ) -> None:
-    """Write the result to the folder `target`, load it back, compare; complete or not at all."""
+    """Write the result to its target, load it back, compare; complete or not at all."""
     formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
-    with checkpoint.complete_or_absent(target) as folder, result.phase("save"):
+    with place.writing() as folder, result.phase("save"):
         saved, layers = loaded.in_own_dtype(args.dtype), loaded.layers
         if saved is not loaded.model:
             layers = only_towers(find_layers(saved), args.towers)
@@ -166,9 +184,16 @@ def save(
         checkpoint.save(folder, saved, layers, loaded.processor, formats)
         checkpoint.save_selection(folder, layers, selection)
         if not args.no_verify:
-            checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
+            with temporary_modules_cache():
+                checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
             result.verified = True
-        checkpoint.save_report(folder, result.report())
-        if args.report:
-            checkpoint.save_page(folder, report.page(result.report(), result.pictures))
-    result.bytes_on_disk = checkpoint.bytes_on_disk(target, formats)
+
+        def describe(where: str) -> None:
+            result.args["save_model"] = where
+            if args.report:
+                checkpoint.save_page(folder, report.page(result.report(), result.pictures))
+            files = sorted({*files_of(folder), checkpoint.REPORT})
+            checkpoint.save_report(folder, result.report() | {"files": files})
+
+        where = place.put(folder, describe)
+    result.bytes_on_disk = checkpoint.bytes_on_disk(where, formats)

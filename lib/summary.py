@@ -20,6 +20,7 @@ from lib.memory import GIB
 from lib.mlp import LANGUAGE
 from lib.prune import METHODS, Selection
 from lib.tape import Sample
+from lib.target import Target
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "safetensors")
 
@@ -68,10 +69,10 @@ class Run:
         if path:
             self.score_file = {"path": path, "reused": were_there}
 
-    def of_ratio(self, ratio: float, target: str | None) -> "Run":
+    def of_ratio(self, ratio: float, target: Target | None) -> "Run":
         """A run of its own for one of several ratios, with all that is known so far."""
         run = copy.deepcopy(self)
-        run.args |= {"pruning_ratio": ratio, "save_model": target}
+        run.args |= {"pruning_ratio": ratio, "save_model": target and target.shown}
         return run
 
     def compensated(self, fits: Sequence[Fit]) -> None:
