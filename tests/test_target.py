@@ -463,7 +463,7 @@ def test_what_is_replaced_makes_room_for_the_next(tmp_path, monkeypatch):
 
 # --- kills and interrupts ---------------------------------------------------------------------------
 
-STEPS = ("rename", "replace", "mkdir", "rmdir", "unlink", "fsync")
+STEPS = ("rename", "replace", "mkdir", "rmdir", "unlink")
 HOW = ["exchange", "moves", "inside", "absent", "empty"]
 
 
@@ -480,38 +480,38 @@ def prepare(folder: Path, how: str, monkeypatch) -> None:
 exchange = filesystem.exchange
 
 
-def stopped_at(step: int, folder: Path, act, again: bool = False) -> int:
-    """Put a new result in a process that calls `act` before its `step`th change of the disk, and with `again` before
-    the one after it; its exit code, negative for a signal."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    count = 0
+@contextmanager
+def acting_at(steps: set[int], act, monkeypatch):
+    """Call `act` before those of the changes of the disk, counted from 1; gives the list of all that were made."""
+    made = []
 
     def counted(function):
         def call(*args, **more):
-            nonlocal count
-            count += 1
-            if count == step or (again and count == step + 1):
+            made.append(function.__name__)
+            if len(made) in steps:
                 act()
             return function(*args, **more)
 
         return call
 
-    code = 1
-    try:
-        os.dup2(os.open(folder.parent / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.stderr = os.fdopen(2, "w")
+    with monkeypatch.context() as patch:
         for name in STEPS:
-            setattr(os, name, counted(getattr(os, name)))
-        filesystem.exchange = counted(filesystem.exchange)
+            patch.setattr(os, name, counted(getattr(os, name)))
+        patch.setattr(filesystem, "exchange", counted(filesystem.exchange))
+        yield made
+
+
+def killed_at(step: int, folder: Path, monkeypatch) -> bool:
+    """Put a new result in a process that is killed before that change of the disk; False where it makes fewer."""
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL)
+        return code != 0
+    with suppress(BaseException), acting_at({step}, lambda: os.kill(os.getpid(), signal.SIGKILL), monkeypatch):
         put(folder, "new")
-        code = 0 if count < step else 3
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt}", file=sys.stderr, flush=True)
-        code = 130
-    finally:
-        os._exit(code)
+        os._exit(0)
+    os._exit(1)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -521,11 +521,8 @@ def test_a_run_killed_at_any_step_leaves_a_complete_result(how, tmp_path, monkey
         folder = tmp_path / str(step) / "result"
         folder.parent.mkdir()
         prepare(folder, how, monkeypatch)
-        code = stopped_at(step, folder, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        (folder.parent / "said").unlink()
-        if code == 0:
+        if not killed_at(step, folder, monkeypatch):
             break
-        assert code == -signal.SIGKILL
         at_once = text_of(folder)
         capsys.readouterr()
         with suppress(UserError), target.reserve(str(folder)):
@@ -537,13 +534,17 @@ def test_a_run_killed_at_any_step_leaves_a_complete_result(how, tmp_path, monkey
         assert said.count("\n") <= 1
         if how == "exchange":
             assert at_once == found  # there never is a moment without one
-        left = set(os.listdir(folder.parent)) - {"result"}
-        assert not left and (how in ("absent", "empty") or set(os.listdir(folder)) == {"model.safetensors",
-                                                                                     "pruning.json", "sub"})  # fmt: skip
+        assert not hidden(folder)
         ways.add((found, said.split(": ")[-1][:8]))
     assert 10 < step < 199
     assert {found for found, _ in ways} == ({"old", "new"} if how not in ("absent", "empty") else {None, "new"})
     assert any(words for _, words in ways)
+
+
+def hidden(folder: Path) -> list[str]:
+    """The names that a run left beside a target, or in it."""
+    places = [folder.parent, *([folder] if folder.exists() else [])]
+    return [name for place in places for name in os.listdir(place) if name.startswith(".")]
 
 
 @pytest.mark.parametrize("how, again", [(how, False) for how in HOW] + [("exchange", True), ("inside", True)])
@@ -553,42 +554,38 @@ def test_ctrl_c_at_any_step_leaves_a_complete_result_or_says_what_it_left(how, a
         folder = tmp_path / str(step) / "result"
         folder.parent.mkdir()
         prepare(folder, how, monkeypatch)
-        code = stopped_at(step, folder, lambda: signal.raise_signal(signal.SIGINT), again)
-        said = (folder.parent / "said").read_text()
-        (folder.parent / "said").unlink()
-        if code == 0:
+        steps = {step, step + 1} if again else {step}
+        with acting_at(steps, lambda: signal.raise_signal(signal.SIGINT), monkeypatch) as made:
+            try:
+                put(folder, "new")
+                said = None
+            except KeyboardInterrupt as interrupt:
+                said = str(interrupt)
+        if len(made) < step:
             break
-        assert code == 130, said
         found = text_of(folder)
-        assert found in ("old", "new") or (how in ("absent", "empty") and found is None), step
         complete = f"the result is complete in {folder}" in said
+        assert found in ("old", "new") or (how in ("absent", "empty") and found is None), step
         assert found == "new" or not complete, (step, said)
-        left = [name for name in [*os.listdir(folder.parent), *(os.listdir(folder) if folder.exists() else [])]
-                if "afr-st" in name]  # fmt: skip
+        left = [name for name in hidden(folder) if "afr-st" in name]
         assert all(name in said for name in left), (step, said, left)
         seen.add((found, complete, bool(left)))
-    assert step > 10 and ("new", True, again) in seen
+    assert 10 < step < 199 and ("new", True, again) in seen
     assert any(left for *_, left in seen) == again
 
 
-def test_a_result_that_somebody_changed_after_a_kill_is_not_touched(tmp_path, monkeypatch, capsys):
+def test_a_result_that_somebody_changed_after_a_kill_is_not_touched(tmp_path, capsys):
     """Killed while the old files move out: somebody puts a file there, then the next run comes."""
-    folder = tmp_path / "result"
-    prepare(folder, "moves", monkeypatch)
-    replace = os.replace
-
-    def kill(*args):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(os, "replace", kill)
-    assert stopped_at(0, folder, None) == -signal.SIGKILL
-    monkeypatch.setattr(os, "replace", replace)
-    (tmp_path / "said").unlink()
+    folder = fill(tmp_path / "result", "old")
+    (tmp_path / ".result.afr-st-old").mkdir()
+    (folder / "sub").rename(tmp_path / ".result.afr-st-old" / "sub")
+    fill(tmp_path / ".result.afr-st-complete", "new")
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"), target.reserve(str(folder)):
         pass
     assert (folder / "notes.txt").read_text() == "mine"
-    assert (folder / "model.safetensors").read_text() == "old" and text_of(tmp_path / "result-1") == "new"
+    (folder / "notes.txt").unlink()
+    assert text_of(folder) == "old" and text_of(tmp_path / "result-1") == "new"
     assert "result-1" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["result", "result-1"]
 
