@@ -83,6 +83,7 @@ def reserve(given: str, overwrite: bool = False, precious: Iterable[tuple[str, P
             ) from busy
         except OSError as error:
                 raise UserError(f"{target.label}: cannot write to {_short(target.base)} ({_reason(error)})") from error
+        stack.enter_context(target.clearing())
         target.recover()
         target.check(overwrite)
         yield target
@@ -215,7 +216,7 @@ class Target:
                 self._say("finished what a run that was killed had begun; its result is complete")
             elif partial.exists() or old.exists():
                 self._say("removed what a run that was killed left half-written")
-            self._clear()
+            self.clear()
         except OSError as error:
             raise UserError(
                 f"{self.label}: what a killed run left there cannot be cleared ({_reason(error)})"
@@ -254,7 +255,7 @@ class Target:
     def writing(self) -> Iterator[Path]:
         """Give a folder to write to, on the target's file system; it is removed afterwards unless `put` takes it.
 
-        Raises UserError when the disk does not take it. A KeyboardInterrupt says what is complete, or left behind.
+        Raises UserError when the disk does not take it.
         """
         partial = self._hidden("partial")
         try:
@@ -265,12 +266,8 @@ class Target:
             waiting = [place for place in map(self._hidden, ("complete", "moving")) if place.exists()]
             advice = f"; the complete result is in {waiting[0]}, and the next run puts it in place" if waiting else ""
             raise UserError(f"{self.label}: cannot be written ({_reason(error)}){advice}") from error
-        except KeyboardInterrupt:
-            if self.done:
-                raise KeyboardInterrupt(f"the result is complete in {self.done}") from None
-            raise
         finally:
-            self._clear()
+            self.clear()
 
     def put(self, partial: Path, describe: Callable[[str], None] = lambda place: None) -> str:
         """Make the folder `partial` that `writing` gave the result, and return where it is.
@@ -372,17 +369,27 @@ class Target:
                 os.chown(folder, -1, self.path.stat().st_gid)
                 shutil.copymode(self.path, folder)
 
-    def _clear(self) -> None:
+    @contextmanager
+    def clearing(self) -> Iterator[None]:
+        """Remove at the end what is not needed; a KeyboardInterrupt says what is complete, and what is left behind."""
+        try:
+            try:
+                yield
+            finally:
+                self.clear()
+        except KeyboardInterrupt as interrupt:
+            said = [str(interrupt)] if interrupt.args else []
+            if self.done:
+                said.append(f"the result is complete in {self.done}")
+            if left := [str(folder) for folder in map(self._hidden, KINDS) if folder.exists()]:
+                said.append(f"left behind: {', '.join(left)}; the next run with {self.label} removes it")
+            raise KeyboardInterrupt("; ".join(said)) from None
+
+    def clear(self) -> None:
         """Remove what is not needed any more; the parts of a complete result stay for the next run."""
         partial, complete, moving, old = map(self._hidden, KINDS)
         for folder in [partial] if complete.exists() or moving.exists() else [partial, old]:
-            try:
-                shutil.rmtree(folder, ignore_errors=True)
-            except KeyboardInterrupt:
-                done = f"the result is complete in {self.done}; " if self.done else ""
-                raise KeyboardInterrupt(
-                    f"{done}left behind: {folder}, which the next run with {self.label} removes"
-                ) from None
+            shutil.rmtree(folder, ignore_errors=True)
             if folder.exists():
                 self._say(f"{folder} could not be removed; it is not needed any more")
 

@@ -14,7 +14,7 @@ import torch
 from families import FAMILIES, FIXED_WIDTH, build
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lib import checkpoint
+from lib import checkpoint, target
 from lib.errors import UserError
 from lib.mlp import find_layers
 from lib.prune import blocks_of, remove, select_neurons
@@ -44,8 +44,9 @@ def tokenizer():
 
 def saved(folder, family="llama", differing=True, formats=("hf", "bin")):
     model, layers = pruned_model(family, differing)
-    with checkpoint.complete_or_absent(str(folder)) as partial:
+    with target.reserve(str(folder)) as place, place.writing() as partial:
         checkpoint.save(partial, model, layers, tokenizer(), formats)
+        place.put(partial)
     return model
 
 
@@ -233,33 +234,6 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 # --- complete or absent -----------------------------------------------------------------------------
-
-
-def test_a_failed_save_leaves_the_old_result_and_nothing_else(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
-    with pytest.raises(UserError, match="No space left"):
-        with checkpoint.complete_or_absent(str(target)) as folder:
-            (folder / "half").write_text("new")
-            raise OSError(28, "No space left on device")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (target / "old").read_text() == "old"
-
-
-def test_a_process_killed_while_it_saves_leaves_the_old_result(tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("old")
-    program = """
-        import os, signal, sys
-        from lib import checkpoint
-        with checkpoint.complete_or_absent(sys.argv[1]) as folder:
-            (folder / "half").write_text("new")
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program), str(target)], cwd=ROOT)
-    assert done.returncode == -9
-    assert [p.name for p in target.iterdir()] == ["old"]
 
 
 def test_a_full_disk_is_one_line_and_nothing_stays(tmp_path):

@@ -531,11 +531,10 @@ def test_the_tokenizer_is_saved_with_the_model(prune, tiny_model):
 
 
 def test_overwrite_replaces_the_whole_folder(prune, tmp_path):
-    prune("llama", "--pruning_ratio", 0.5, "--save_format", "both")
-    (tmp_path / "result" / "old.txt").write_text("old")
+    prune("llama", "--pruning_ratio", 0.5, "--save_format", "both", "--report")
     folder = prune("llama", "--overwrite")
     assert load(folder).config.intermediate_size == 38
-    assert not (folder / "old.txt").exists() and not (folder / "model.bin").exists()
+    assert not (folder / "report.html").exists() and not (folder / "model.bin").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 

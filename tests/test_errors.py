@@ -34,7 +34,7 @@ from transformers import (
     T5Config,
 )
 
-from lib import checkpoint
+from lib import filesystem
 
 
 @pytest.fixture
@@ -436,15 +436,13 @@ def test_the_old_result_comes_back_when_the_new_one_cannot_take_its_place(
 ):
     assert run_cli(*flags).code == 0
     before = files_below(tmp_path)
-    rename, failed = os.rename, []
+    failed = []
 
-    def fail_once(source, target, **kwargs):
-        if Path(target) == tmp_path / "result" and not failed:
-            failed.append(source)
-            raise error
-        return rename(source, target, **kwargs)
+    def fail(one, other):
+        failed.append(one)
+        raise error
 
-    monkeypatch.setattr(checkpoint.os, "rename", fail_once)
+    monkeypatch.setattr(filesystem, "exchange", fail)
     assert run_cli(*flags, "--overwrite", "--pruning_ratio", 0.5).code == code
     assert failed
     assert files_below(tmp_path) == before
