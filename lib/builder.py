@@ -17,10 +17,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     ProcessorMixin,
 )
 
-from lib import llava, modeling_pruned, parallel
+from lib import llava, modeling_pruned, parallel, remote_code
 from lib.errors import UserError
 from lib.memory import GIB
 from lib.mlp import Layer, find_layers, forget_widths, only_towers
@@ -45,8 +46,15 @@ class Source:
         return "gguf_file" in self.arguments
 
     def config(self):
-        """The model's configuration. Raises UserError when it cannot be read."""
-        return self._load(AutoConfig)
+        """The model's configuration. Raises UserError when it cannot be read, and for a family that is only code."""
+        fields = {} if self.is_gguf else self._try(PreTrainedConfig.get_config_dict)[0]
+        if isinstance(fields, dict) and fields.get("model_type") and not llava.is_llava(fields):
+            remote_code.refuse_unknown_family(
+                f"--model {self.name}", fields, "give a checkpoint of a family that transformers has"
+            )
+        config = self._load(AutoConfig)
+        remote_code.forget(config)
+        return config
 
     def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
         """The model on the CPU, in `dtype` or ("auto") in the checkpoint's own. Raises UserError."""
@@ -83,8 +91,11 @@ class Source:
         return model
 
     def _load(self, auto_class, **extra):
+        return self._try(auto_class.from_pretrained, trust_remote_code=False, **extra)
+
+    def _try(self, read, **extra):
         try:
-            return auto_class.from_pretrained(**self.arguments, **extra)
+            return read(**self.arguments, **extra)
         except KeyboardInterrupt:
             raise
         except Exception as error:
@@ -92,6 +103,11 @@ class Source:
 
     def _advice(self, error: Exception) -> str:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if remote_code.is_refusal(error):
+            return (
+                "needs code that comes with the checkpoint, which is not run; give one whose model and tokenizer are "
+                "among those of transformers"
+            )
         if isinstance(error, ImportError):
             return f"needs a package that is not installed: {reason}"
         if Path(self.name).exists():
@@ -144,7 +160,8 @@ class Loaded:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own chatter off the terminal."""
+    """Keep the libraries' own chatter, and their questions, off the terminal."""
+    remote_code.never_ask()
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="huggingface_hub|transformers|datasets")

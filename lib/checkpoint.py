@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, ProcessorMixin
 
-from lib import memory, modeling_pruned, safe_pickle
+from lib import memory, modeling_pruned, remote_code, safe_pickle
 from lib.errors import OutOfMemoryUserError, UserError
 from lib.inert_pickle import RefusedPickleError
-from lib.mlp import Layer, describe_widths
+from lib.mlp import Layer, describe_widths, has_widths
 from lib.prune import Selection, blocks_of
 from lib.rebuild import fitting, harmless, rebuild
 
@@ -38,8 +38,9 @@ def choose_formats(requested: str, across_layers: bool) -> list[str]:
 def save(folder: Path, model: nn.Module, layers: Sequence[Layer], processor, formats: Sequence[str]) -> None:
     """Write the model, with its tokenizer or processor, in each of `formats` ("hf", "bin").
 
-    Raises OSError when the disk does not take it.
+    Code that the checkpoint named is forgotten. Raises OSError when the disk does not take it.
     """
+    remote_code.forget(model.config, getattr(model, "generation_config", None), processor)
     try:
         if "hf" in formats:
             save_folder(folder, model, layers)
@@ -163,35 +164,35 @@ def _different_logits(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.d
     return "" if difference.norm() <= allowed * wanted[finite].abs().max() else "its logits differ"
 
 
-def load_folder(folder: str | Path, dtype: torch.dtype | str = "auto") -> nn.Module:
-    """A model from a Hugging Face folder of ours, on the CPU, the way that users load it."""
-    config = AutoConfig.from_pretrained(folder)
-    remote = True if hasattr(config, "auto_map") else None
-    model = auto_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=remote)
+def load_folder(folder: str | Path, dtype: torch.dtype | str = "auto", trust: bool = False) -> nn.Module:
+    """A model from a Hugging Face folder of ours, on the CPU, the way that users load it.
+
+    The folder's copy of `modeling_pruned.py` is run, other code only with `trust`: raises UserError when it names any.
+    """
+    trust = trust or remote_code.names_own_code(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    model = auto_class(config).from_pretrained(folder, dtype=dtype, trust_remote_code=trust)
     return model.eval().requires_grad_(False)
 
 
 def check_folder(folder: str | Path, trust: bool = False) -> bool:
-    """Whether a Hugging Face folder needs `trust_remote_code=True` to be loaded; reads no weights.
+    """Whether the MLP widths of a Hugging Face folder differ by layer, as `lib/modeling_pruned.py` builds them.
 
-    The only code that is run without `trust` is `modeling_pruned.py` as it stands beside this file. Raises
-    UserError for a folder without configuration or weights, for weights cut short, and for other code.
+    Reads no weights. Raises UserError for a folder without configuration or weights and for weights cut short; unless
+    `trust`, also for a result of ours that names foreign code, and for a family that exists only as code.
     """
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        remote = "auto_map" in config
+        differ = has_widths(config)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: holds no config.json, so it is not a saved model; copy the whole folder") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{folder}: its config.json is damaged; copy the folder again") from error
-    own = Path(modeling_pruned.__file__)
-    for file in sorted(folder.glob("*.py")) if remote and not trust else []:
-        if file.name != own.name or file.read_bytes() != own.read_bytes():
-            raise UserError(
-                f"{file}: is not the file that this version of the tool writes, and loading the folder would run it; "
-                "copy the folder again, save it anew, or read the file and then set TRUST=1"
-            )
+    if not trust and (differ or (folder / REPORT).is_file()):
+        remote_code.names_own_code(folder)
+    if not trust and config.get("auto_map"):
+        remote_code.refuse_unknown_family(str(folder), config, "read that code and then set TRUST=1")
     weights = sorted(folder.glob("*.safetensors"))
     if not any(file.name.startswith("model") for file in weights) and not list(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder}: holds no weights (model.safetensors); copy the whole folder")
@@ -201,7 +202,7 @@ def check_folder(folder: str | Path, trust: bool = False) -> bool:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: is cut short or damaged; copy it again ({error})") from error
-    return remote
+    return differ
 
 
 def auto_class(config) -> type:

@@ -30,7 +30,13 @@ evaluate() {
         # On CPUs accelerate starts several processes only through MPI.
         nvidia-smi -L >/dev/null 2>&1 || launch=(env ACCELERATE_USE_CPU=true "$VENV/bin/torchrun" --nproc_per_node "$PROCESSES")
     fi
-    (cd "$WORK" && "${launch[@]}" -m "$harness" "${loading[@]}" --tasks "$TASKS" --batch_size "$BATCH_SIZE" \
+    # What lies in WORK is data: Python imports nothing from there, and no folder there passes for one of tasks.
+    if [ -d "$WORK/$TASKS" ]; then
+        echo "error: TASKS=$TASKS: $WORK holds a folder of that name, which would be read as a folder of tasks;" \
+            "rename it, or name a folder of tasks by its absolute path" >&2
+        exit 2
+    fi
+    (cd "$WORK" && PYTHONSAFEPATH=1 "${launch[@]}" -m "$harness" "${loading[@]}" --tasks "$TASKS" --batch_size "$BATCH_SIZE" \
         ${LIMIT:+--limit "$LIMIT"} --output_path "$folder" "$@")
 }
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from lib.errors import UserError
-from lib.mlp import forget_widths
+from lib.mlp import forget_widths, has_widths
 from lib.modeling_pruned import pruned
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
@@ -171,18 +171,17 @@ def _load_original(place: "_Place", fields: dict, dtype) -> tuple[LlavaForCondit
 
 def _load_converted(place: "_Place", fields: dict, dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The form of transformers. Its published processors crop; CLIP's is replaced by one that pads."""
-    # A pruned folder may name code beside it; the same code stands here, and is the one that is trusted.
-    own_code = "auto_map" in fields
-    model_class = pruned(LlavaForConditionalGeneration) if own_code else LlavaForConditionalGeneration
+    # Such a folder names code beside it; the same code stands here, and is the one that is trusted.
+    differ = has_widths(fields)
+    model_class = pruned(LlavaForConditionalGeneration) if differ else LlavaForConditionalGeneration
+    options = {"cache_dir": place.cache_dir, "trust_remote_code": False}
     try:
-        model, report = model_class.from_pretrained(
-            place.name, cache_dir=place.cache_dir, dtype=dtype, output_loading_info=True
-        )
-        processor = AutoProcessor.from_pretrained(place.name, cache_dir=place.cache_dir)
+        model, report = model_class.from_pretrained(place.name, **options, dtype=dtype, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(place.name, **options)
     except Exception as error:
         raise UserError(f"{place.what}: cannot be loaded; it may be incomplete ({_reason(error)})") from error
     _refuse(place, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
-    model = forget_widths(model) if own_code else model
+    model = forget_widths(model) if differ else model
     vision = model.config.vision_config
     if vision.model_type == "clip_vision_model":
         settings = processor.image_processor.to_dict()

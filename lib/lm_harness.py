@@ -1,9 +1,12 @@
-"""lm-eval with one more model, `custom_checkpoint`: a pruned model in a `model.bin`.
+"""lm-eval with two more models: `custom_checkpoint`, a `model.bin`, and `pruned_folder`, a folder of differing widths.
 
     python -m lib.lm_harness --model custom_checkpoint \\
         --model_args pretrained=BASE,checkpoint=DIR/model.bin,device_map=auto,dtype=float16 \\
         --tasks arc_easy,hellaswag --batch_size auto
 
+    python -m lib.lm_harness --model pruned_folder --model_args pretrained=DIR --tasks arc_easy
+
+`pruned_folder` takes the arguments of lm-eval's `hf` and runs no code in the folder: this repository has the same.
 `--trust_checkpoint` (or trust_checkpoint=True among the model's arguments) unpickles a file that names more than a
 saved model needs. Everything else is lm-eval's own command line, with all its subcommands and models. From another
 folder, put the repository's root in PYTHONPATH. `accelerate launch -m lib.lm_harness ...` shares the questions among
@@ -18,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
 
+from lib import modeling_pruned, remote_code
 from lib.devices import checked_dtype, placement, spread_over_gpus
 from lib.errors import UserError
 
@@ -30,6 +34,7 @@ except ImportError as error:
     print(f"error: lm-eval is needed: pip install -r requirements-eval.txt ({error})", file=sys.stderr)
     sys.exit(2)
 from lm_eval.api.registry import register_model
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 CPU_BATCH = 4
 TRUST_FLAG = "--trust_checkpoint"
@@ -40,7 +45,12 @@ PASSED_ON = {
     "think_end_token", "tokenizer", "truncation", "trust_remote_code", "use_fast_tokenizer",
 }  # fmt: skip
 # How those errors of lm-eval begin that are the user's to mend; it lets them end in a traceback.
-MENDABLE = ("Tasks not found", "No tasks specified", "Attempted to load model")
+MENDABLE = (
+    "Tasks not found",
+    "No tasks specified",
+    "Attempted to load model",
+    "The checkpoint you are trying to load",
+)
 
 
 @register_model("custom_checkpoint")
@@ -104,10 +114,22 @@ class CustomCheckpoint(HFLM):
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": self.model.dtype}
 
 
+@register_model("pruned_folder")
+class PrunedFolder(HFLM):
+    """A Hugging Face folder whose widths differ by layer, built by the code here instead of its copy in the folder."""
+
+    def _get_config(self, pretrained, **options):
+        super()._get_config(pretrained, **options)
+        if type(self._config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(f"pretrained={pretrained}: is no causal language model; a LLaVA is evaluated with lmms-eval.sh")
+        self.AUTO_MODEL_CLASS = modeling_pruned.pruned(MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)])
+
+
 def main() -> int:
     """Run lm-eval's command line; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
     from lm_eval.__main__ import cli_evaluate
 
+    remote_code.never_ask()
     if TRUST_FLAG in sys.argv:
         place = sys.argv.index(TRUST_FLAG)
         sys.argv[place : place + 1] = ["--model_args", "trust_checkpoint=True"]
@@ -120,7 +142,7 @@ def main() -> int:
     except (UserError, OSError) as error:
         reason = error
     except ValueError as error:
-        if not str(error).startswith(MENDABLE):
+        if not (str(error).startswith(MENDABLE) or remote_code.is_refusal(error)):
             raise
         reason = error
     if os.environ.get("RANK", "0") == "0":

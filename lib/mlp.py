@@ -271,6 +271,11 @@ def describe_widths(config, layers: Sequence[Layer], widths: Sequence[int]) -> N
         part.per_layer_config = {i: {field: width_of[member.name]} for i, member in enumerate(members) if member.block}
 
 
+def has_widths(fields: dict) -> bool:
+    """Whether a raw configuration, or one nested in it, was written by `describe_widths`."""
+    return any(isinstance(part, dict) and "pruned_mlp" in part for part in (fields, *fields.values()))
+
+
 def tower_configs(config) -> list:
     """The configuration and every configuration nested in it."""
     return [config, *(getattr(config, name) for name in config.sub_configs if getattr(config, name, None) is not None)]

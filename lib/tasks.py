@@ -21,17 +21,21 @@ MEASURES = ("acc_norm", "acc", "exact_match", "word_perplexity")
 
 @dataclass(frozen=True)
 class Harness:
-    """How a program calls the model that loads a folder, the one that loads a `model.bin`, and that one's argument."""
+    """How a program calls the models that load a folder, one whose widths differ by layer, and a `model.bin`.
+
+    `argument` is the last one's, which takes the file.
+    """
 
     program: str
     folder: str
+    widths: str
     bin: str
     argument: str
 
 
 HARNESSES = {
-    "lib.lm_harness": Harness("lm-eval", "hf", "custom_checkpoint", "checkpoint"),
-    "lib.lmms": Harness("lmms-eval", "llava", "llava", "pruned"),
+    "lib.lm_harness": Harness("lm-eval", "hf", "pruned_folder", "custom_checkpoint", "checkpoint"),
+    "lib.lmms": Harness("lmms-eval", "llava", "llava", "llava", "pruned"),
 }
 
 
@@ -57,9 +61,10 @@ def arguments(
             raise UserError(f"{path}: no such file")
         values = {"pretrained": path.resolve().parent, "gguf_file": path.name}
     elif path.is_dir():
-        # lib.lmms runs no code from a folder unless it is told to: it has the same code itself.
-        remote = check_folder(path, trust) and (trust or kind == "hf")
-        values = {"pretrained": path.resolve(), "trust_remote_code": remote or None}
+        # Where widths differ, the code here takes the place of its copy in the folder.
+        if check_folder(path, trust) and not trust:
+            kind = names.widths
+        values = {"pretrained": path.resolve(), "trust_remote_code": trust or None}
     elif path.is_absolute() or model.startswith("."):
         raise UserError(f"{model}: no such folder; give what main.py saved")
     else:

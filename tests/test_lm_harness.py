@@ -274,7 +274,8 @@ def test_a_folder_is_loaded_by_what_it_holds(prune, tmp_path):
         return found[1], found[3].split("=")[0], "trust_remote_code=True" in found[3]
 
     both = prune("llama", "--global_pruning")
-    assert kind(both) == ("hf", "pretrained", True)
+    assert kind(both) == ("pruned_folder", "pretrained", False)
+    assert kind(both, trust=True) == ("hf", "pretrained", True)
     assert kind(both, form="bin") == kind(both / "model.bin") == ("custom_checkpoint", "checkpoint", False)
     (both / "config.json").unlink()
     assert kind(both) == ("custom_checkpoint", "checkpoint", False)

@@ -26,6 +26,8 @@ except ImportError as error:
     )
     sys.exit(2)
 
+from lib import remote_code
+
 # How those errors begin that are the user's to mend, beside all that come from files and the network.
 MENDABLE = ("Tasks not found", "Couldn't find cache", "BuilderConfig", "Model '", "Specify --", "--limit")
 OFFLINE = "; offline, a data set must stand in the working directory (DATA_DIR of lmms-eval.sh) under its Hub name"
@@ -51,6 +53,7 @@ def exiting(evaluate):
 
 def main() -> None:
     """Run lmms-eval's command line."""
+    remote_code.never_ask()
     harness.cli_evaluate_single = exiting(harness.cli_evaluate_single)
     try:
         harness.cli_evaluate()

@@ -54,8 +54,10 @@ def load(
         if not llava.is_llava(fields):
             raise _no_llava(f"pretrained={pretrained}", fields.get("model_type"))
         if Path(pretrained).is_dir() and not llava.is_original(fields):
-            if check_folder(pretrained, trust_code) and trust_code:
-                return load_folder(pretrained, dtype), AutoProcessor.from_pretrained(pretrained)
+            check_folder(pretrained, trust_code)
+            if trust_code and "auto_map" in fields:
+                processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
+                return load_folder(pretrained, dtype, trust=True), processor
         return llava.load(pretrained, cache_dir, dtype)
     except UserError as error:  # main.py's flag has another name here
         raise UserError(str(error).replace("--model ", "pretrained=", 1)) from error
