@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lib import llava, modeling_pruned, parallel
+from lib.config_checks import RawConfig, building, refuse_endless, refuse_short_context
 from lib.errors import UserError
 from lib.memory import GIB
 from lib.mlp import Layer, find_layers, forget_widths, only_towers
@@ -44,7 +45,9 @@ class Source:
         return "gguf_file" in self.arguments
 
     def config(self):
-        """The model's configuration. Raises UserError when it cannot be read."""
+        """The model's configuration. Raises UserError when it cannot be read, or has more layers than any model."""
+        if not self.is_gguf:
+            refuse_endless(self.name, self._load(RawConfig))
         return self._load(AutoConfig)
 
     def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -79,7 +82,9 @@ class Source:
 
     def _load(self, auto_class, **extra):
         try:
-            return auto_class.from_pretrained(**self.arguments, **extra)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an error is one line
+                return auto_class.from_pretrained(**self.arguments, **extra)
         except KeyboardInterrupt:
             raise
         except Exception as error:
@@ -211,15 +216,16 @@ def refuse_unsupported(name: str, config, sees: bool) -> None:
         )
     if sees:
         return  # an original form says too little of itself before it is converted
+    refuse_short_context(name, config.get_text_config(), CONTEXT_FIELDS)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"--model {name}: the family '{config.model_type}' is not a causal language model that "
             "transformers can build"
         )
-    model_class = causal_class(config)
-    if hasattr(config, "pruned_mlp"):
-        model_class = modeling_pruned.pruned(model_class)
-    with torch.device("meta"):
+    with building(name), torch.device("meta"):
+        model_class = causal_class(config)
+        if hasattr(config, "pruned_mlp"):
+            model_class = modeling_pruned.pruned(model_class)
         find_layers(model_class(copy.deepcopy(config)))
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, ProcessorMixin
 
 from lib import modeling_pruned, safe_pickle
-from lib.errors import UserError
+from lib.errors import UserError, is_out_of_memory
 from lib.mlp import Layer, describe_widths, find_layers
 from lib.prune import Selection, blocks_of
 
@@ -171,6 +171,8 @@ def verify(folder: Path, model: nn.Module, inputs: dict[str, torch.Tensor], form
                 found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
                 reason = _difference(found, model, found(**inputs).logits.float(), wanted)
             except Exception as error:
+                if is_out_of_memory(error):  # says nothing of the result
+                    raise
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
             if reason:
                 raise UserError(

@@ -166,7 +166,8 @@ def save(
         checkpoint.save(folder, saved, layers, loaded.processor, formats)
         checkpoint.save_selection(folder, layers, selection)
         if not args.no_verify:
-            checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
+            with memory.named("verify", result.kept("verify")):
+                checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
             result.verified = True
         checkpoint.save_report(folder, result.report())
         if args.report:
