@@ -3,43 +3,61 @@
 import os
 import sys
 
+from lib import errors, signals, terminal
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
-    speaks = os.environ.get("RANK", "0") == "0"
-    try:
-        # Loading the libraries takes seconds, in which Ctrl-C should be answered in one line too.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        if not (sys.stderr.isatty() and speaks):
-            os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of all libraries
-        from lib.errors import UserError
+    """Run the command line; returns the exit code.
 
+    0: every result is saved or was shown;  1: one was neither;  2: an error that the user can mend;  130, 143, 129:
+    interrupted by Ctrl-C, SIGTERM, SIGHUP. Raises what can only be a bug.
+    """
+    with terminal.lenient_streams():
         try:
-            run(argv)
-            return 0
-        except UserError as error:
-            if speaks or str(error).startswith("process "):
-                print(f"error: {error}", file=sys.stderr)
+            # Loading the libraries takes seconds, in which an interrupt should be answered in one line too.
+            with signals.as_interrupts():
+                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+                if not terminal.watched() or os.environ.get("RANK", "0") != "0":
+                    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of all libraries
+                return 0 if run(argv) else 1
+        except KeyboardInterrupt as interrupt:
+            return interrupted(interrupt)
+        except Exception as error:
+            line = errors.one_line(error)
+            if line is None:
+                raise
+            terminal.complain("error", line)
             return 2
-    except KeyboardInterrupt:
-        if speaks:
-            print("interrupted: nothing was left half-written", file=sys.stderr)
-        return 130
 
 
-def run(argv: list[str] | None) -> None:
-    """Parse the command line, then prune while the folders for the results are reserved."""
+def interrupted(interrupt: KeyboardInterrupt) -> int:
+    """Say what became of the run; returns the exit code.
+
+    Of several processes those that were told to end by a launcher, since another one failed, have nothing to add.
+    """
+    number, left = signals.number_of(interrupt), str(interrupt)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if left or alone or (number == signals.CTRL_C and os.environ.get("RANK", "0") == "0"):
+        terminal.complain("interrupted", left or "nothing was left half-written")
+    return 128 + number
+
+
+def run(argv: list[str] | None) -> bool:
+    """Parse the command line, then prune while the folders for the results are reserved.
+
+    Returns whether every result is saved or was shown.
+    """
     from lib import builder, options, target
 
     args = options.parse(argv)
     builder.quiet_libraries()
     with target.reserved(args, options.ratios_of(args)) as targets:
-        prune_at_ratios(args, targets)
+        return prune_at_ratios(args, targets)
 
 
-def prune_at_ratios(args, targets) -> None:
+def prune_at_ratios(args, targets) -> bool:
     """Load, calibrate, score; for each ratio select, compensate, prune, save to its target, report."""
-    from lib import builder, compensate, data, evaluate, memory, parallel, prune, steps, sums, tape
+    from lib import builder, compensate, data, evaluate, memory, options, parallel, prune, steps, sums, tape
     from lib.summary import Run
 
     ratios, method = list(targets), prune.METHODS[args.prune_method]
@@ -53,6 +71,7 @@ def prune_at_ratios(args, targets) -> None:
         loaded = builder.load(args.model, args.dtype, args.cuda, args.cache_dir, args.seqlen, method.sees, args.towers,
                               args.offload, args.max_memory)  # fmt: skip
         compensate.refuse_impossible(loaded.model, loaded.layers, args.compensate)
+        options.check_widths(args, loaded.layers)
         record.dense(evaluate.size(loaded.model, loaded.layers), loaded)
         steps.refuse_full_disks(args, targets, loaded, record.before)
 
@@ -78,16 +97,19 @@ def prune_at_ratios(args, targets) -> None:
                                         loaded.placement, hidden, args.seed)  # fmt: skip
         parallel.stop()
         if not parallel.is_main():
-            return
+            return True
+        told = []
         for number, ratio in enumerate(ratios):
-            loaded = loaded.again() if number else loaded
             result = record.of_ratio(ratio, targets[ratio])
+            with result.phase("load"):
+                loaded = loaded.again() if number else loaded
             loaded, last = steps.later_rounds(args, ratio, loaded, found, samples, result)
             selection, fits = steps.prune_at(args, ratio, loaded, last, samples, result)
             steps.measure(args, "pruned", loaded, windows, samples, result)
             if targets[ratio]:
                 steps.save(args, targets[ratio], loaded, selection, fits, samples, result)
-            print(result.text(), flush=True)
+            told.append(terminal.say(result.text(), elsewhere=targets[ratio] is not None))
+        return all(told)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lib import llava, modeling_pruned, parallel, remote_code
+from lib.config_checks import building, refuse_endless, refuse_short_context
 from lib.errors import UserError
 from lib.memory import GIB
 from lib.mlp import Layer, find_layers, forget_widths, only_towers
@@ -46,15 +47,25 @@ class Source:
         return "gguf_file" in self.arguments
 
     def config(self):
-        """The model's configuration. Raises UserError when it cannot be read, and for a family that is only code."""
-        fields = {} if self.is_gguf else self._try(PreTrainedConfig.get_config_dict)[0]
-        if isinstance(fields, dict) and fields.get("model_type") and not llava.is_llava(fields):
-            remote_code.refuse_unknown_family(
-                f"--model {self.name}", fields, "give a checkpoint of a family that transformers has"
-            )
+        """The model's configuration.
+
+        Raises UserError when it cannot be read, has more layers than any model, and for a family that is only code.
+        """
+        if not self.is_gguf:
+            self._refuse_raw(self._try(PreTrainedConfig.get_config_dict)[0])
         config = self._load(AutoConfig)
         remote_code.forget(config)
         return config
+
+    def _refuse_raw(self, fields) -> None:
+        """Raise UserError for what no class of the library should be given, or would know."""
+        if not isinstance(fields, dict):
+            raise UserError(f"--model {self.name}: its config.json holds no JSON object; fetch it again")
+        refuse_endless(self.name, fields)
+        if fields.get("model_type") and not llava.is_llava(fields):
+            remote_code.refuse_unknown_family(
+                f"--model {self.name}", fields, "give a checkpoint of a family that transformers has"
+            )
 
     def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
         """The model on the CPU, in `dtype` or ("auto") in the checkpoint's own. Raises UserError."""
@@ -95,7 +106,9 @@ class Source:
 
     def _try(self, read, **extra):
         try:
-            return read(**self.arguments, **extra)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an error is one line
+                return read(**self.arguments, **extra)
         except KeyboardInterrupt:
             raise
         except Exception as error:
@@ -233,15 +246,16 @@ def refuse_unsupported(name: str, config, sees: bool) -> None:
         )
     if sees:
         return  # an original form says too little of itself before it is converted
+    refuse_short_context(name, config.get_text_config(), CONTEXT_FIELDS)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"--model {name}: the family '{config.model_type}' is not a causal language model that "
             "transformers can build"
         )
-    model_class = causal_class(config)
-    if hasattr(config, "pruned_mlp"):
-        model_class = modeling_pruned.pruned(model_class)
-    with torch.device("meta"):
+    with building(name), torch.device("meta"):
+        model_class = causal_class(config)
+        if hasattr(config, "pruned_mlp"):
+            model_class = modeling_pruned.pruned(model_class)
         find_layers(model_class(copy.deepcopy(config)))
 
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, ProcessorMixin
 
-from lib import memory, modeling_pruned, remote_code, safe_pickle
-from lib.errors import OutOfMemoryUserError, UserError
+from lib import modeling_pruned, remote_code, safe_pickle
+from lib.errors import OutOfMemory, UserError, is_out_of_memory
 from lib.inert_pickle import RefusedPickleError
+from lib.memory import GIB
 from lib.mlp import Layer, describe_widths, has_widths
 from lib.prune import Selection, blocks_of
 from lib.rebuild import fitting, harmless, rebuild
@@ -98,10 +99,8 @@ def verify(folder: Path, model: nn.Module, inputs: dict[str, torch.Tensor], form
         try:
             found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
             reason = _different_weights(found, model) or _different_logits(logits_in(found, inputs, dtype), wanted, dtype)
-        except OutOfMemoryUserError:
-            raise
         except Exception as error:
-            if memory.ran_out(error):
+            if is_out_of_memory(error):  # says nothing of the result
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         if reason:
@@ -287,9 +286,9 @@ def load_bin(path: str | Path, dtype: torch.dtype | str = "auto", trust: bool = 
     except RefusedPickleError as error:
         raise UserError(f"{path}: {error}; copy it again or save the model anew") from error
     except Exception as error:
-        if memory.ran_out(error):
-            raise OutOfMemoryUserError(
-                f"{path}: does not fit into memory ({path.stat().st_size / memory.GIB:.2f} GiB of weights); "
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"{path}: does not fit into memory ({path.stat().st_size / GIB:.2f} GiB of weights); "
                 "free some, or use a machine with more"
             ) from error
         raise UserError(

@@ -1,13 +1,52 @@
-"""How much memory is in use, at most: of a GPU, else of this process."""
+"""How much memory is in use, at most: of a GPU, else of this process; and what to lower where it does not suffice."""
 
-import errno
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
 
+from lib.errors import OutOfMemory, is_out_of_memory, reason
+
 GIB = 2**30
+# What to lower where memory runs out, by the phase of a run.
+LOWER = {
+    "load": "--dtype bfloat16 and --offload disk need less, with --cuda also --offload cpu or a lower --max_memory",
+    "calibrate": "lower --nsamples or --seqlen",
+    "score": "lower --batch_size or --seqlen; --offload (weights) and a lower --max_memory or --nsamples (hidden "
+    "states) also need less",
+    "prune": "--offload disk needs less",
+    "compensate": "lower --seqlen or --nsamples; --offload, a lower --max_memory (hidden states), and --compensate "
+    "bias or none also need less",
+    "save": "--offload disk and --save_format hf need less",
+    "verify": "--no_verify leaves this out",
+    "evaluate": "lower --eval_seqlen (or --seqlen), or leave --eval_ppl and --eval_speed out",
+    "report": "leave --report out",
+}
+
+
+@contextmanager
+def named(phase: str, kept: str = "") -> Iterator[None]:
+    """Within this context running out of memory, of the machine or of a GPU, raises OutOfMemory: one line that names
+    `phase`, a key of LOWER, what to lower, and what is `kept` of the work so far."""
+    try:
+        yield
+    except OutOfMemory:
+        raise  # an inner phase is named already
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        # The cause says more than what was made of it on the way here.
+        raise OutOfMemory(
+            f"out of memory in the phase '{phase}' ({reason(_first(error))}); {LOWER[phase]}{kept}"
+        ) from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first of the errors that led to this one."""
+    while earlier := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = earlier
+    return error
 
 
 @contextmanager
@@ -43,15 +82,3 @@ def available_bytes() -> int:
             return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
     except (OSError, StopIteration):
         return 2**63
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there was no memory left, on a device or in the machine."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    # How torch's allocator on the CPU, and a failed mapping of a file, say it.
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-    )

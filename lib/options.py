@@ -2,17 +2,34 @@
 
 import argparse
 import math
+import os
+from collections.abc import Sequence
 
-from lib import llava_data, parallel
+from lib import llava_data, parallel, paths
 from lib.builder import DTYPES
 from lib.compensate import KINDS
 from lib.data import FILE_TYPES, SELF_GENERATED, SETS
 from lib.errors import UserError
-from lib.mlp import LANGUAGE, VISION
+from lib.mlp import LANGUAGE, VISION, Layer
 from lib.offload import WHERE
 from lib.prune import METHODS, NEURON_SCORES
 
 DEFAULT_SET = "wikitext2"
+PATHS = ("model", "cache_dir", "dataset", "image_dir", "scores", "data_dir", "save_model")
+LONGEST_SUFFIX = ".partial.walk0000.new"  # what is added to --scores while it is written
+# From and to: what every number is taken in, beyond what a model or a data set allows. The seed's upper end keeps the
+# seeds that are derived from it (a sum, a product with the layers) apart and within 64 bits.
+BOUNDS = {
+    "nsamples": (1, 2**20),
+    "batch_size": (1, 2**20),
+    "align": (1, 2**20),
+    "rounds": (1, 2**20),
+    "eval_windows": (1, 2**20),
+    "seqlen": (2, 2**24),
+    "eval_seqlen": (2, 2**24),
+    "seed": (0, 2**32 - 1),
+    "max_memory": (0, 2**32),
+}
 EPILOG = """examples:
   python main.py --model meta-llama/Meta-Llama-3-8B --pruning_ratio 0.2 --cuda --save_model ./pruned_model/llama
   python main.py --model ./my-model --prune_method afr --pruning_ratio 0.5 --global_pruning --eval_ppl
@@ -257,7 +274,7 @@ def ratios_of(args: argparse.Namespace) -> list[float]:
 def _ratios(text: str) -> float | list[float]:
     """One number, or several with commas between them."""
     try:
-        found = [float(part) for part in text.split(",")]
+        found = [float(part) + 0.0 for part in text.split(",")]  # + 0.0: no negative zero
         return found if len(found) > 1 else found[0]
     except ValueError as error:
         raise UserError(
@@ -275,13 +292,8 @@ def _check(args: argparse.Namespace) -> None:
             )
     if len(set(ratios)) < len(ratios):
         raise UserError(f"--pruning_ratio {','.join(map(str, ratios))}: the same ratio stands there twice")
-    if args.max_memory is not None and not args.max_memory > 0:
-        raise UserError(f"--max_memory {args.max_memory}: must be more than 0 (GiB)")
-    positive = dict.fromkeys(("nsamples", "batch_size", "align", "rounds", "eval_windows"), 1)
-    for name, minimum in (positive | {"seqlen": 2, "eval_seqlen": 2, "seed": 0}).items():
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise UserError(f"--{name} {value}: must be at least {minimum}")
+    _check_bounds(args)
+    _check_paths(args)
     if args.report and not args.save_model:
         raise UserError("--report: is written beside the result; add --save_model DIR")
     _check_sight(args)
@@ -296,6 +308,53 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not METHODS[args.prune_method].structured and args.align != 1:
         raise UserError(f"--align {args.align}: {args.prune_method} removes single weights and no widths; leave it out")
+
+
+def _check_bounds(args: argparse.Namespace) -> None:
+    if args.max_memory is not None and not args.max_memory > 0:
+        raise UserError(f"--max_memory {args.max_memory}: must be more than 0 (GiB)")
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise UserError(f"--{name} {value}: must be {limit}")
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Expand `~` in every path; refuse what is empty, or cannot be looked up or read."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError("the working folder does not exist any more; change to one that does") from error
+    for flag in PATHS:
+        if (value := getattr(args, flag)) is not None:
+            setattr(args, flag, paths.checked(flag, value))
+    paths.refuse_locked("model", args.model, "config.json")
+    if args.dataset not in SETS:
+        paths.refuse_locked("dataset", args.dataset, "")
+    measured = [DEFAULT_SET] if args.eval_ppl and args.dataset != SELF_GENERATED else []
+    sets = [name for name in (*SETS, llava_data.NAME) if name in (args.dataset, *measured)]
+    if sets:
+        paths.refuse_locked("data_dir", args.data_dir, *sets)
+    if args.image_dir:
+        paths.refuse_locked("image_dir", args.image_dir)
+    if args.save_model:
+        paths.refuse_locked("save_model", args.save_model)
+    if args.scores:
+        paths.look_up(f"--scores {args.scores}", args.scores + LONGEST_SUFFIX)
+
+
+def check_widths(args: argparse.Namespace, layers: Sequence[Layer]) -> None:
+    """Raise UserError for an --align or a number of --rounds that the MLPs of these layers are too narrow for."""
+    widths = [layer.block.width for layer in layers if layer.block]
+    if METHODS[args.prune_method].structured and args.align > min(widths):
+        raise UserError(f"--align {args.align}: must be at most the width of the narrowest MLP, {min(widths)}")
+    most = int(max(ratios_of(args)) * sum(widths))
+    if args.rounds > most > 0:
+        raise UserError(
+            f"--rounds {args.rounds}: each round scores the model anew and removes a part of the {most} neurons that "
+            f"go in all; take a few, at most {most}"
+        )
 
 
 def _check_compensation(args: argparse.Namespace) -> None:

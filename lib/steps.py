@@ -184,7 +184,7 @@ def save(
         checkpoint.save(folder, saved, layers, loaded.processor, formats)
         checkpoint.save_selection(folder, layers, selection)
         if not args.no_verify:
-            with temporary_modules_cache():
+            with temporary_modules_cache(), memory.named("verify", result.kept("verify")):
                 checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
             result.verified = True
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-from lib import parallel
+from lib import memory, parallel, terminal
 from lib.builder import Loaded
 from lib.compensate import Fit
 from lib.data import token_ids
@@ -88,10 +88,18 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to the phase `name`."""
+        """Add the time spent inside to the phase `name`. Raises OutOfMemory that names it when memory runs out."""
         start = time.perf_counter()
-        yield
+        with memory.named(name, self.kept(name)):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def kept(self, phase: str) -> str:
+        """What of the work survives when the phase fails, for the end of a message."""
+        path, method = self.args["scores"], METHODS[self.args["prune_method"]]
+        if not path or not self.score_file or (phase == "score" and not method.by_gradients):
+            return ""
+        return f"; what was scored is kept in {path}, and the same command goes on from there"
 
     def report(self) -> dict:
         """Everything, in plain types, for `pruning.json`."""
@@ -162,7 +170,8 @@ class Run:
         rows.extend(self._where())
         width = max(len(name) for name, _ in rows)
         title = f"{self.args['prune_method']}  {self.args['model']}  ratio {self.args['pruning_ratio']}"
-        return "\n".join(["", title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+        lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows)]
+        return "\n".join(["", *map(terminal.printable, lines)])
 
     def _compensation(self) -> str:
         kinds = ", ".join(f"{kind} in {count}" for kind, count in Counter(self.fits["kind"]).most_common())
