@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from lib import modeling_pruned, safe_pickle
 from lib.errors import UserError
-from lib.mlp import Layer, describe_widths, find_layers
+from lib.mlp import Layer, describe_widths, find_layers, skeleton
 from lib.prune import Selection, blocks_of
 
 KEPT_NEURONS = "kept_neurons.safetensors"
@@ -165,11 +165,11 @@ def verify(folder: Path, model: nn.Module, inputs: dict[str, torch.Tensor], form
     """
     model.to("cpu")
     with torch.no_grad():
-        wanted = model(**inputs).logits.float()
+        wanted = model(**inputs, use_cache=False).logits.float()
         for form in formats:
             try:
                 found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
-                reason = _difference(found, model, found(**inputs).logits.float(), wanted)
+                reason = _difference(found, model, found(**inputs, use_cache=False).logits.float(), wanted)
             except Exception as error:
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
             if reason:
@@ -239,8 +239,7 @@ def auto_class(config) -> type:
 
 def follows_configuration(model: nn.Module) -> bool:
     """Whether the family's own class, built from the model's configuration, has exactly the model's shapes."""
-    with torch.device("meta"):
-        rebuilt = type(model)(copy.deepcopy(model.config))
+    rebuilt = skeleton(type(model), model.config)
     return {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in rebuilt.named_parameters()}
 
 
@@ -326,10 +325,9 @@ def rebuild(model_class: type, config, state: dict[str, torch.Tensor], generatio
 
     Raises KeyError for a weight that is missing.
     """
-    with torch.device("meta"):
-        skeleton = model_class(copy.deepcopy(config))
-    if any(state[name].shape != p.shape for name, p in skeleton.named_parameters()):
-        layers = find_layers(skeleton)
+    empty = skeleton(model_class, config)
+    if any(state[name].shape != p.shape for name, p in empty.named_parameters()):
+        layers = find_layers(empty)
         outputs = {layer.block.name: layer.block.projections[-1] for layer in layers if layer.block}
         widths = [state[f"{name}.{p.name}.weight"].shape[0 if p.neurons_first else 1] for name, p in outputs.items()]
         config = copy.deepcopy(config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lib import baselines, parallel
 from lib.errors import UserError
-from lib.mlp import Block, Layer, of_tower, tower_config, towers_of, width_field
+from lib.mlp import Block, Layer, of_tower, set_width, tower_config, towers_of, width_field
 from lib.offload import Placement
 from lib.score import CROSS_ENTROPY, FIRST_ORDER, Walk, saliency_sums
 from lib.sums import InMemory, ScoreFile, Shapes, tensor_name
@@ -405,7 +405,7 @@ def sums_of_tower(sums: dict[str, ModelVector], layers: Sequence[Layer], tower: 
 def remove(model: nn.Module, layers: Sequence[Layer], selection: Selection) -> None:
     """Take everything that is not selected out of the model: neurons are cut off, weights set to 0.
 
-    The configuration gets the new width where it is one number (see `lib.mlp.width_field`).
+    The configuration gets the new widths where it can say them (see `lib.mlp.width_field`).
     """
     fields = {t: width_field(model, layers, t) for t in pruned_towers(layers)} if selection.structured else {}
     for block, kept in zip(blocks_of(layers), selection.kept, strict=True):
@@ -415,9 +415,9 @@ def remove(model: nn.Module, layers: Sequence[Layer], selection: Selection) -> N
             for projection, mask in zip(block.projections, weight_masks(block, kept)):
                 projection.weight.mul_(mask.to(projection.weight.device))
     for tower, field in fields.items():
-        widths = {block.width for block in blocks_of(of_tower(layers, tower))}
-        if field and len(widths) == 1:
-            setattr(tower_config(model.config, tower), field, *widths)
+        if field:
+            widths = [block.width for block in blocks_of(of_tower(layers, tower))]
+            set_width(tower_config(model.config, tower), field, widths)
 
 
 def silence(layers: Sequence[Layer], selection: Selection) -> None:

@@ -54,7 +54,8 @@ def measure(
         if args.eval_ppl:
             record.perplexity[of] = evaluate.perplexity(loaded.model, windows, f"perplexity, {of}")
         if args.eval_speed:
-            record.speed[of] = evaluate.speed(loaded.model, data.text_of(samples))
+            context = builder.context_length(loaded.model.config)
+            record.speed[of] = evaluate.speed(loaded.model, data.text_of(samples), context)
 
 
 def later_rounds(
