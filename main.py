@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None) -> None:
     """Parse, load, calibrate, score; for each ratio select, compensate, prune, save, report."""
     from lib import builder, checkpoint, compensate, data, evaluate, memory, options, parallel, prune, steps, sums, tape
+    from lib.dry_run import dry_run
     from lib.summary import Run
 
     args = options.parse(argv)
@@ -48,6 +49,7 @@ def run(argv: list[str] | None) -> None:
                               args.offload, args.max_memory)  # fmt: skip
         compensate.refuse_impossible(loaded.model, loaded.layers, args.compensate)
         record.dense(evaluate.size(loaded.model, loaded.layers), loaded)
+    dry_run(args, loaded, ratios, record)
 
     with record.phase("calibrate"), loaded.placement.running():
         samples = calibration.samples(loaded.model, loaded.processor, args.nsamples, loaded.seqlen, args.seed)

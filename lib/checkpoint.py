@@ -121,7 +121,8 @@ def save(folder: Path, model: nn.Module, layers: Sequence[Layer], processor, for
             drop_recorders(model)
             sees = isinstance(processor, ProcessorMixin)
             beside = {"tokenizer": processor.tokenizer, "processor": processor} if sees else {"tokenizer": processor}
-            torch.save({"model": model} | beside, folder / MODEL_BIN)
+            with _without_methods(model):
+                torch.save({"model": model} | beside, folder / MODEL_BIN)
     except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk
         raise OSError(str(error).splitlines()[0]) from error
 
@@ -136,6 +137,27 @@ def drop_recorders(model: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if hook.__module__ == "transformers.utils.output_capturing":
                 del module._forward_hooks[key]
+
+
+@contextmanager
+def _without_methods(model: nn.Module) -> Iterator[None]:
+    """Within this context no module keeps methods of classes in a dictionary (Gemma 4 does): they pickle as a call of
+    `getattr`, which no reader should allow. Every module makes its own anew when it is built."""
+    taken = []
+    for module in model.modules():
+        for name, held in vars(module).items():
+            if type(held) is dict and not name.startswith("_"):
+                methods = {key: f for key, f in held.items() if "." in getattr(f, "__qualname__", "")}
+                taken.append((held, dict(held), methods))
+                for key in methods:
+                    del held[key]
+    try:
+        yield
+    finally:
+        for held, before, methods in taken:
+            if methods:
+                held.clear()
+                held.update(before)
 
 
 def save_folder(folder: Path, model: nn.Module, layers: Sequence[Layer]) -> None:

@@ -78,7 +78,7 @@ def speed(model: nn.Module, ids: Tensor, context: int, decode_tokens: int = DECO
     prompt = ids[None, : min(PREFILL_TOKENS, context)].to(model.device)
     steps = min(decode_tokens, context)
     takes = inspect.signature(model.forward).parameters
-    cached = "past_key_values" in takes
+    cached = getattr(model(prompt[:, :1], use_cache=True), "past_key_values", None) is not None
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def prefill():

@@ -334,15 +334,16 @@ def score(
     placement: Placement | None = None,
     hidden: HiddenStates | None = None,
     seed: int = 0,
+    alone: bool = False,
 ) -> dict[str, ModelVector]:
     """Bring `kept` to the sums that the method's formula takes, and return them: a vector per objective.
 
-    Of several processes each scores its share of the batches. What `kept` holds already is not computed again. `seed`
-    is of labels that are drawn (see `OF_TOKENS`).
+    Of several processes each scores its share of the batches, unless this one works `alone`. What `kept` holds already
+    is not computed again. `seed` is of labels that are drawn (see `OF_TOKENS`).
     """
     names = [layer.name if layer.block is None else layer.block.name for layer in layers]
     if not kept.is_complete:
-        own = parallel.share(batches)
+        own = batches if alone else parallel.share(batches)
         if method.by_gradients:
             walk = kept.earlier(len(own)) or Walk.start(len(layers), len(own), method.summed)
             reduction = method.reduction(neuron_score)
@@ -352,10 +353,11 @@ def score(
                 model, layers, own, method.summed, reduction, placement, hidden, walk, of_tokens, draws
             )
             for index, sums in walking:
-                parallel.add_up(sums[objective] for objective in method.summed)
+                if not alone:
+                    parallel.add_up(sums[objective] for objective in method.summed)
                 kept.put({tensor_name(names[index], objective): value for objective, value in sums.items()}, walk)
         elif method.summed:
-            for index, means in baselines.activation_means(model, layers, own, placement, hidden):
+            for index, means in baselines.activation_means(model, layers, own, placement, hidden, alone):
                 kept.put({tensor_name(names[index], name): means[name] for name in method.summed})
         kept.complete()
     blocks = [block.name for block in blocks_of(layers)]

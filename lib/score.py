@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lib.attention import scoring_attention
-from lib.errors import UserError
 from lib.memory import GIB, peak_bytes
 from lib.mlp import LANGUAGE, Block, Layer
 from lib.offload import Placement
@@ -26,6 +25,7 @@ from lib.tape import (
     IGNORE,
     Batch,
     HiddenStates,
+    NotFinite,
     Tape,
     call,
     handing_on,
@@ -208,7 +208,7 @@ def _walk_layer(layer, tape, index, batches, cotangents, reductions, device, bar
         bar.update()
     for objective, total in sums.items():
         if not total.isfinite().all():
-            raise UserError(f"{layer.name}: the {objective} saliency is not finite; {other_dtype(dtype)}")
+            raise NotFinite(f"{layer.name}: the {objective} saliency is not finite; {other_dtype(dtype)}")
     return {objective: total.cpu() for objective, total in sums.items()}
 
 

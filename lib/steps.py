@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -156,20 +157,34 @@ def save(
     result: Run,
 ) -> None:
     """Write the result to the folder `target`, load it back, compare; complete or not at all."""
-    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
     with checkpoint.complete_or_absent(target) as folder, result.phase("save"):
-        saved, layers = loaded.in_own_dtype(args.dtype), loaded.layers
-        if saved is not loaded.model:
-            layers = only_towers(find_layers(saved), args.towers)
-            if fits:
-                compensation.write(saved, layers, selection, fits)
-            prune.remove(saved, layers, selection)
-        checkpoint.save(folder, saved, layers, loaded.processor, formats)
-        checkpoint.save_selection(folder, layers, selection)
-        if not args.no_verify:
-            checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
-            result.verified = True
-        checkpoint.save_report(folder, result.report())
-        if args.report:
-            checkpoint.save_page(folder, report.page(result.report(), result.pictures))
+        write(args, folder, loaded, selection, fits, samples, result)
+    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
     result.bytes_on_disk = checkpoint.bytes_on_disk(target, formats)
+
+
+def write(
+    args: argparse.Namespace,
+    folder: Path,
+    loaded: Loaded,
+    selection: Selection,
+    fits: Sequence[Fit] | None,
+    samples: Sequence[Sample],
+    result: Run,
+) -> None:
+    """Write the result to an existing folder, load it back, compare."""
+    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
+    saved, layers = loaded.in_own_dtype(args.dtype), loaded.layers
+    if saved is not loaded.model:
+        layers = only_towers(find_layers(saved), args.towers)
+        if fits:
+            compensation.write(saved, layers, selection, fits)
+        prune.remove(saved, layers, selection)
+    checkpoint.save(folder, saved, layers, loaded.processor, formats)
+    checkpoint.save_selection(folder, layers, selection)
+    if not args.no_verify:
+        checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
+        result.verified = True
+    checkpoint.save_report(folder, result.report())
+    if args.report:
+        checkpoint.save_page(folder, report.page(result.report(), result.pictures))

@@ -25,6 +25,10 @@ IGNORE = -100  # the label of a position that counts nowhere
 SAME_COMPUTATION = 0.05
 
 
+class NotFinite(UserError):
+    """What the model computes is NaN or infinite in the dtype of scoring."""
+
+
 # --- calibration batches ----------------------------------------------------------------------------
 
 
@@ -283,7 +287,7 @@ def _refuse_not_finite(layers, tower: range, tape: Tape, n_batches: int) -> None
             continue
         first = next(index for index in tower if not tape.output(index, number).isfinite().all())
         dtype = tape.output(first, number).dtype
-        raise UserError(
+        raise NotFinite(
             f"{layers[first].name}: its output is not finite in {str(dtype).removeprefix('torch.')}; "
             f"{other_dtype(dtype)}"
         )
