@@ -58,6 +58,7 @@ def run(argv: list[str] | None) -> bool:
 def prune_at_ratios(args, targets) -> bool:
     """Load, calibrate, score; for each ratio select, compensate, prune, save to its target, report."""
     from lib import builder, compensate, data, evaluate, memory, options, parallel, prune, steps, sums, tape
+    from lib.dry_run import dry_run
     from lib.summary import Run
 
     ratios, method = list(targets), prune.METHODS[args.prune_method]
@@ -74,6 +75,7 @@ def prune_at_ratios(args, targets) -> bool:
         options.check_widths(args, loaded.layers)
         record.dense(evaluate.size(loaded.model, loaded.layers), loaded)
         steps.refuse_full_disks(args, targets, loaded, record.before)
+    dry_run(args, loaded, ratios, record)
 
     with record.phase("calibrate"), loaded.placement.running():
         samples = calibration.samples(loaded.model, loaded.processor, args.nsamples, loaded.seqlen, args.seed)

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib import parallel
-from lib.errors import UserError
 from lib.mlp import LANGUAGE, Block, Layer
 from lib.offload import Placement
 from lib.score import CROSS_ENTROPY
-from lib.tape import Batch, HiddenStates, other_dtype, record
+from lib.tape import Batch, HiddenStates, NotFinite, other_dtype, record
 from lib.vectors import ModelVector, each
 
 # Names of the statistics that need no gradient.
@@ -182,9 +181,10 @@ class Moments:
         self.sums[name] += torch.stack([rows.sum(0), rows.square().sum(0)]).cpu()
         self.count += len(rows) if name == NEURONS else 0
 
-    def means(self) -> dict[str, Tensor]:
-        """Mean and mean square of each feature, float32; over the tokens of all processes."""
-        parallel.add_up([self.count, *self.sums.values()])
+    def means(self, alone: bool) -> dict[str, Tensor]:
+        """Mean and mean square of each feature, float32; over the tokens of all processes, or of this one `alone`."""
+        if not alone:
+            parallel.add_up([self.count, *self.sums.values()])
         return {name: (sums / self.count).float() for name, sums in self.sums.items()}
 
 
@@ -194,11 +194,12 @@ def activation_means(
     batches: Sequence[Batch],
     placement: Placement | None = None,
     store: HiddenStates | None = None,
+    alone: bool = False,
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yield `(layer index, {ENTERED: [2, d], NEURONS: [2, d_ff]})`, mean and mean square over all real tokens.
 
     One pass over the layers without gradients, a layer at a time, wherever its weights are. Of several processes each
-    gives its share of the batches.
+    gives its share of the batches, unless this one works `alone`.
 
     Raises UserError for a model whose layers cannot be called one by one, or that produces NaN or infinity.
     """
@@ -212,9 +213,9 @@ def activation_means(
         if batches:
             record(model, layers, batches, placement, store or HiddenStates(), bar=bar, watch=watch)
     for index, held in moments.items():
-        means = held.means()
+        means = held.means(alone)
         if not all(mean.isfinite().all() for mean in means.values()):
-            raise UserError(f"{layers[index].name}: its activations are not finite; {other_dtype(model.dtype)}")
+            raise NotFinite(f"{layers[index].name}: its activations are not finite; {other_dtype(model.dtype)}")
         yield index, means
 
 

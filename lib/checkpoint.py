@@ -5,7 +5,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from lib import modeling_pruned, remote_code, safe_pickle
 from lib.errors import OutOfMemory, UserError, is_out_of_memory
 from lib.inert_pickle import RefusedPickleError
 from lib.memory import GIB
-from lib.mlp import Layer, describe_widths, has_widths
+from lib.mlp import Layer, describe_widths, has_widths, skeleton
 from lib.prune import Selection, blocks_of
 from lib.rebuild import fitting, harmless, rebuild
 
@@ -50,7 +51,8 @@ def save(folder: Path, model: nn.Module, layers: Sequence[Layer], processor, for
             drop_recorders(model)
             sees = isinstance(processor, ProcessorMixin)
             beside = {"tokenizer": processor.tokenizer, "processor": processor} if sees else {"tokenizer": processor}
-            torch.save({"model": model} | beside, folder / MODEL_BIN)
+            with _without_methods(model):
+                torch.save({"model": model} | beside, folder / MODEL_BIN)
     except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk
         raise OSError(str(error).splitlines()[0]) from error
 
@@ -65,6 +67,27 @@ def drop_recorders(model: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if hook.__module__ == "transformers.utils.output_capturing":
                 del module._forward_hooks[key]
+
+
+@contextmanager
+def _without_methods(model: nn.Module) -> Iterator[None]:
+    """Within this context no module keeps methods of classes in a dictionary (Gemma 4 does): they pickle as a call of
+    `getattr`, which no reader should allow. Every module makes its own anew when it is built."""
+    taken = []
+    for module in model.modules():
+        for name, held in vars(module).items():
+            if type(held) is dict and not name.startswith("_"):
+                methods = {key: f for key, f in held.items() if "." in getattr(f, "__qualname__", "")}
+                taken.append((held, dict(held), methods))
+                for key in methods:
+                    del held[key]
+    try:
+        yield
+    finally:
+        for held, before, methods in taken:
+            if methods:
+                held.clear()
+                held.update(before)
 
 
 def save_folder(folder: Path, model: nn.Module, layers: Sequence[Layer]) -> None:
@@ -135,10 +158,10 @@ def logits_in(model: nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dt
     """
     own = {tensor: tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
     if dtype == model.dtype:
-        return model(**inputs).logits.float()
+        return model(**inputs, use_cache=False).logits.float()
     try:
         model.to(dtype)
-        return model(**inputs).logits.float()
+        return model(**inputs, use_cache=False).logits.float()
     finally:
         for tensor, dtype in own.items():
             tensor.data = tensor.data.to(dtype)
@@ -211,8 +234,7 @@ def auto_class(config) -> type:
 
 def follows_configuration(model: nn.Module) -> bool:
     """Whether the family's own class, built from the model's configuration, has exactly the model's shapes."""
-    with torch.device("meta"):
-        rebuilt = type(model)(copy.deepcopy(model.config))
+    rebuilt = skeleton(type(model), model.config)
     return {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in rebuilt.named_parameters()}
 
 

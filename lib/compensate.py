@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.attention import scoring_attention
 from lib.errors import UserError
-from lib.mlp import LANGUAGE, Block, Layer, find_layers, of_tower, tower_config
+from lib.mlp import LANGUAGE, Block, Layer, find_layers, of_tower, skeleton, tower_config
 from lib.offload import Placement
 from lib.prune import Selection, blocks_of, complement, pruned_towers
 from lib.tape import Batch, HiddenStates, Tape, call, enter, tower_ranges
@@ -377,8 +377,7 @@ def refuse_impossible(model: nn.Module, layers: Sequence[Layer], kind: str) -> N
 def _refuse_without_biases(model: nn.Module, tower: str) -> None:
     config = copy.deepcopy(model.config)
     setattr(tower_config(config, tower), BIAS_FIELD, True)
-    with torch.device("meta"):
-        rebuilt = blocks_of(of_tower(find_layers(type(model)(config)), tower))
+    rebuilt = blocks_of(of_tower(find_layers(skeleton(type(model), config)), tower))
     if any(module.bias is None for block in rebuilt for module in block.modules):
         raise UserError(
             f"--compensate bias: the MLPs of the family '{tower_config(config, tower).model_type}' have no biases, "

@@ -1,5 +1,6 @@
 """What a model is worth and what it weighs: perplexity, parameters and speed."""
 
+import inspect
 import math
 import statistics
 import time
@@ -68,25 +69,40 @@ class Speed:
 
 
 @torch.no_grad()
-def speed(model: nn.Module, ids: Tensor) -> Speed:
-    """Median of 5 runs each, on the first tokens of `[tokens]`, after one run to warm up."""
-    prompt = ids[None, :PREFILL_TOKENS].to(model.device)
+def speed(model: nn.Module, ids: Tensor, context: int, decode_tokens: int = DECODE_TOKENS, repeats: int = 5) -> Speed:
+    """Median of `repeats` runs each, on the first tokens of `[tokens]`, after one run to warm up.
+
+    No sequence is longer than `context`: beyond it there may be no positions, and dynamic rotary embeddings are
+    computed anew and stay so. A family that keeps no key-value cache reads everything again for every token.
+    """
+    prompt = ids[None, : min(PREFILL_TOKENS, context)].to(model.device)
+    steps = min(decode_tokens, context)
+    takes = inspect.signature(model.forward).parameters
+    cached = getattr(model(prompt[:, :1], use_cache=True), "past_key_values", None) is not None
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def prefill():
-        return model(prompt, use_cache=True, logits_to_keep=1)
+        return model(prompt, use_cache=cached, **last_only)
 
     def decode():
-        output = model(prompt[:, :1], use_cache=True)
-        for _ in range(DECODE_TOKENS - 1):
-            output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+        written = prompt[:, :1]
+        output = model(written, use_cache=cached, **last_only)
+        for _ in range(steps - 1):
+            token = output.logits[:, -1:].argmax(-1)
+            if cached:
+                output = model(token, past_key_values=output.past_key_values, use_cache=True)
+            else:
+                written = torch.cat([written, token], dim=1)
+                output = model(written, use_cache=False, **last_only)
 
     prefill(), decode()
     return Speed(
-        prompt.shape[1] / _median_seconds(prefill, model.device), DECODE_TOKENS / _median_seconds(decode, model.device)
+        prompt.shape[1] / _median_seconds(prefill, model.device, repeats),
+        steps / _median_seconds(decode, model.device, repeats),
     )
 
 
-def _median_seconds(run, device: torch.device, repeats: int = 5) -> float:
+def _median_seconds(run, device: torch.device, repeats: int) -> float:
     times = []
     for _ in tqdm(range(repeats), desc="speed", leave=False, disable=None):
         start = time.perf_counter()

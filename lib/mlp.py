@@ -193,11 +193,12 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
     Of a model that also sees, the layers of the vision tower come first.
 
-    Raises UserError for mixtures of experts, encoder-decoders, other stacks, quantised weights and layouts
-    that are not in `LAYOUTS`; the line names the family and what would work.
+    Raises UserError for mixtures of experts, encoder-decoders, other stacks, keys and values that layers share,
+    quantised weights and layouts that are not in `LAYOUTS`; the line names the family and what would work.
     """
     family = getattr(model.config, "model_type", type(model).__name__)
     _refuse_experts(model, family)
+    _refuse_shared_keys(model, family)
     blocks = list(_find_blocks(model))
     stacks = list(dict.fromkeys(_stack_of(name, model) for name, _, _ in blocks))
     towers = {LANGUAGE: stacks[0]} if len(stacks) == 1 else _name_towers(model, stacks)
@@ -240,14 +241,35 @@ def width_field(model: nn.Module, layers: Sequence[Layer], tower: str = LANGUAGE
     probe = max(layer.block.width for layer in of_tower(layers, tower) if layer.block) - 1
     for field in WIDTH_FIELDS:
         config = copy.deepcopy(model.config)
-        if not hasattr(tower_config(config, tower), field):
+        part = tower_config(config, tower)
+        if not hasattr(part, field):
             continue
-        setattr(tower_config(config, tower), field, probe)
-        with torch.device("meta"):
-            rebuilt = of_tower(find_layers(type(model)(config)), tower)
+        by_layer = isinstance(getattr(part, field), (list, tuple))
+        setattr(part, field, [probe] * len(getattr(part, field)) if by_layer else probe)
+        rebuilt = of_tower(find_layers(skeleton(type(model), config)), tower)
         if {layer.block.width for layer in rebuilt if layer.block} == {probe}:
             return field
     return None
+
+
+def set_width(config, field: str, widths: Sequence[int]) -> None:
+    """Write the widths of a tower's MLPs into `field` of its configuration, if it can say them: one for all layers,
+    or a list (Gemma 3n)."""
+    held = getattr(config, field)
+    if isinstance(held, (list, tuple)) and len(held) == len(widths):
+        setattr(config, field, list(widths))
+    elif not isinstance(held, (list, tuple)) and len(set(widths)) == 1:
+        setattr(config, field, widths[0])
+
+
+def skeleton(model_class: type, config) -> nn.Module:
+    """A model of this class and a copy of this configuration, without memory."""
+    config = copy.deepcopy(config)
+    for part in tower_configs(config):
+        if isinstance(part.dtype, str):  # as it is after a save; some families make tensors of this dtype
+            part.dtype = getattr(torch, part.dtype)
+    with torch.device("meta"):
+        return model_class(config)
 
 
 def describe_widths(config, layers: Sequence[Layer], widths: Sequence[int]) -> None:
@@ -268,7 +290,12 @@ def describe_widths(config, layers: Sequence[Layer], widths: Sequence[int]) -> N
             "output": layout.output,
             "parts": layout.parts,
         }
-        part.per_layer_config = {i: {field: width_of[member.name]} for i, member in enumerate(members) if member.block}
+        by_layer = {i: width_of[member.name] for i, member in enumerate(members) if member.block}
+        if part.is_heterogeneous:
+            # The family's own code reads such a configuration by type of layer (Gemma 4), in which widths differ.
+            part.pruned_mlp["widths"] = {str(i): width for i, width in by_layer.items()}
+        else:
+            part.per_layer_config = {i: {field: width} for i, width in by_layer.items()}
 
 
 def has_widths(fields: dict) -> bool:
@@ -284,9 +311,10 @@ def tower_configs(config) -> list:
 def forget_widths(model: nn.Module) -> nn.Module:
     """Undo what loading by `describe_widths` does: the family's own class again, its MLPs as wide as they are."""
     for config in tower_configs(model.config):
+        if "widths" not in config.__dict__.get("pruned_mlp", {}):
+            config.per_layer_config = None
         for name in ("pruned_mlp", "auto_map", "allow_global_per_layer_attribute_access"):
             config.__dict__.pop(name, None)
-        config.per_layer_config = None
     model.__class__ = type(model).__bases__[0]
     return model
 
@@ -322,8 +350,24 @@ def _refuse_experts(model: nn.Module, family: str) -> None:
             )
 
 
+def _refuse_shared_keys(model: nn.Module, family: str) -> None:
+    """Refuse layers that take keys and values from a layer before them (Gemma 3n, the small Gemma 4)."""
+    sharing = [name for name, module in model.named_modules() if getattr(module, "is_kv_shared_layer", False)]
+    if sharing:
+        raise UserError(
+            f"--model: cannot prune the family '{family}' with layers that share keys and values ({sharing[0]} and "
+            f"{len(sharing) - 1} more): gradients reach an earlier layer past the ones between, and layers are scored "
+            "one by one; a checkpoint with num_kv_shared_layers 0 works"
+        )
+
+
 def _check(block: Block, family: str) -> None:
-    """Refuse what looks like a known layout but is not one: quantised weights, norms over the neurons."""
+    """Refuse what looks like a known layout but is not one: quantised weights, norms or statistics over the neurons."""
+    if getattr(block.owner, "activation_sparsity", 0):  # Gemma 3n
+        raise UserError(
+            f"--model: cannot prune the family '{family}': {block.name} keeps its largest activations by mean and "
+            "deviation over all neurons (activation_sparsity_pattern), which removing neurons would change"
+        )
     for module in block.modules:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():

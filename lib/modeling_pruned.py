@@ -2,8 +2,9 @@
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-`PrunedX` is the class `X` of transformers with every MLP as wide as `config.per_layer_config` says;
-`config.pruned_mlp` names the projections: `{"field", "layers", "mlp", "inputs", "output", "parts"}`.
+`PrunedX` is the class `X` of transformers with every MLP as wide as `config.per_layer_config` says (or, where the
+family has its own use for that, `config.pruned_mlp["widths"]`); `config.pruned_mlp` names the projections:
+`{"field", "layers", "mlp", "inputs", "output", "parts"}`.
 This file needs nothing but transformers.
 """
 
@@ -43,7 +44,12 @@ def pruned(base: type) -> type:
             for config in allowed:
                 config.allow_global_per_layer_attribute_access = True
 
-    body = {"__init__": __init__, "save_pretrained": save_pretrained, "__module__": __name__, "__doc__": base.__doc__}
+    def is_custom_code(cls):
+        # The family's code is transformers' own: its buffers are initialised as those of the family are.
+        return base.is_custom_code()
+
+    body = {"__init__": __init__, "save_pretrained": save_pretrained, "is_custom_code": classmethod(is_custom_code)}
+    body |= {"__module__": __name__, "__doc__": base.__doc__}
     return type(_PREFIX + base.__name__, (base,), body)
 
 
@@ -53,7 +59,10 @@ def fit_widths(model: nn.Module) -> None:
         layout = getattr(config, "pruned_mlp", None)
         for index, layer in enumerate(model.get_submodule(layout["layers"]) if layout else []):
             mlp = layer.get_submodule(layout["mlp"])
-            width = getattr(config.per_layer_config[index], layout["field"])
+            if "widths" in layout:
+                width = layout["widths"][str(index)]
+            else:
+                width = getattr(config.per_layer_config[index], layout["field"])
             for name in layout["inputs"]:
                 _resize(getattr(mlp, name), outputs=width * layout["parts"])
             _resize(getattr(mlp, layout["output"]), inputs=width)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lib import baselines, parallel
 from lib.errors import UserError
-from lib.mlp import Block, Layer, of_tower, tower_config, towers_of, width_field
+from lib.mlp import Block, Layer, of_tower, set_width, tower_config, towers_of, width_field
 from lib.offload import Placement
 from lib.score import CROSS_ENTROPY, FIRST_ORDER, Walk, saliency_sums
 from lib.sums import InMemory, ScoreFile, Shapes, tensor_name
@@ -334,15 +334,16 @@ def score(
     placement: Placement | None = None,
     hidden: HiddenStates | None = None,
     seed: int = 0,
+    alone: bool = False,
 ) -> dict[str, ModelVector]:
     """Bring `kept` to the sums that the method's formula takes, and return them: a vector per objective.
 
-    Of several processes each scores its share of the batches. What `kept` holds already is not computed again. `seed`
-    is of labels that are drawn (see `OF_TOKENS`).
+    Of several processes each scores its share of the batches, unless this one works `alone`. What `kept` holds already
+    is not computed again. `seed` is of labels that are drawn (see `OF_TOKENS`).
     """
     names = [layer.name if layer.block is None else layer.block.name for layer in layers]
     if not kept.is_complete:
-        own = parallel.share(batches)
+        own = batches if alone else parallel.share(batches)
         if method.by_gradients:
             walk = kept.earlier(len(own)) or Walk.start(len(layers), len(own), method.summed)
             reduction = method.reduction(neuron_score)
@@ -352,10 +353,11 @@ def score(
                 model, layers, own, method.summed, reduction, placement, hidden, walk, of_tokens, draws
             )
             for index, sums in walking:
-                parallel.add_up(sums[objective] for objective in method.summed)
+                if not alone:
+                    parallel.add_up(sums[objective] for objective in method.summed)
                 kept.put({tensor_name(names[index], objective): value for objective, value in sums.items()}, walk)
         elif method.summed:
-            for index, means in baselines.activation_means(model, layers, own, placement, hidden):
+            for index, means in baselines.activation_means(model, layers, own, placement, hidden, alone):
                 kept.put({tensor_name(names[index], name): means[name] for name in method.summed})
         kept.complete()
     blocks = [block.name for block in blocks_of(layers)]
@@ -405,7 +407,7 @@ def sums_of_tower(sums: dict[str, ModelVector], layers: Sequence[Layer], tower: 
 def remove(model: nn.Module, layers: Sequence[Layer], selection: Selection) -> None:
     """Take everything that is not selected out of the model: neurons are cut off, weights set to 0.
 
-    The configuration gets the new width where it is one number (see `lib.mlp.width_field`).
+    The configuration gets the new widths where it can say them (see `lib.mlp.width_field`).
     """
     fields = {t: width_field(model, layers, t) for t in pruned_towers(layers)} if selection.structured else {}
     for block, kept in zip(blocks_of(layers), selection.kept, strict=True):
@@ -415,9 +417,9 @@ def remove(model: nn.Module, layers: Sequence[Layer], selection: Selection) -> N
             for projection, mask in zip(block.projections, weight_masks(block, kept)):
                 projection.weight.mul_(mask.to(projection.weight.device))
     for tower, field in fields.items():
-        widths = {block.width for block in blocks_of(of_tower(layers, tower))}
-        if field and len(widths) == 1:
-            setattr(tower_config(model.config, tower), field, *widths)
+        if field:
+            widths = [block.width for block in blocks_of(of_tower(layers, tower))]
+            set_width(tower_config(model.config, tower), field, widths)
 
 
 def silence(layers: Sequence[Layer], selection: Selection) -> None:

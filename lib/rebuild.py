@@ -4,14 +4,13 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 
 from lib import modeling_pruned
 from lib.inert_pickle import RefusedPickleError
-from lib.mlp import describe_widths, find_layers
+from lib.mlp import describe_widths, find_layers, skeleton
 from lib.storage import unshare
 
 # Attributes of a configuration by which transformers would load something else than what is at hand.
@@ -53,16 +52,16 @@ def fitting(
     Looks at shapes alone, and is built without memory, so that weights are read, and memory is taken, for what the
     file holds and nothing else. Raises RefusedPickleError when there is no such model.
     """
-    skeleton = _skeleton(model_class, config, len(state))
-    if any(name in state and tuple(state[name].shape) != p.shape for name, p in skeleton.named_parameters()):
-        layers = find_layers(skeleton)
+    empty = _bounded_skeleton(model_class, config, len(state))
+    if any(name in state and tuple(state[name].shape) != p.shape for name, p in empty.named_parameters()):
+        layers = find_layers(empty)
         outputs = {layer.block.name: layer.block.projections[-1] for layer in layers if layer.block}
         widths = [state[f"{name}.{p.name}.weight"].shape[0 if p.neurons_first else 1] for name, p in outputs.items()]
         config = copy.deepcopy(config)
         describe_widths(config, layers, widths)
         model_class = modeling_pruned.pruned(model_class)
-        skeleton = _skeleton(model_class, config, len(state))
-    _refuse_differences(skeleton, state)
+        empty = _bounded_skeleton(model_class, config, len(state))
+    _refuse_differences(empty, state)
     return model_class, config
 
 
@@ -88,18 +87,18 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from _parts(value)
 
 
-def _skeleton(model_class: type, config: PreTrainedConfig, n_weights: int) -> nn.Module:
+def _bounded_skeleton(model_class: type, config: PreTrainedConfig, n_weights: int) -> nn.Module:
     """The model without memory. Raises RefusedPickleError when it is much larger than the weights it is for."""
-    with torch.device("meta"), at_most_parameters(2 * n_weights + SPARE_PARAMETERS):
-        skeleton = model_class(copy.deepcopy(config))
-    if sum(buffer.nbytes for buffer in skeleton.buffers()) > LARGEST_BUFFERS:
+    with at_most_parameters(2 * n_weights + SPARE_PARAMETERS):
+        empty = skeleton(model_class, config)
+    if sum(buffer.nbytes for buffer in empty.buffers()) > LARGEST_BUFFERS:
         raise RefusedPickleError("has a configuration that asks for more memory than any model")
-    return skeleton
+    return empty
 
 
-def _refuse_differences(skeleton: nn.Module, state: Mapping[str, Tensor]) -> None:
-    wanted = skeleton.state_dict()
-    for name in (name for name, _ in skeleton.named_parameters() if name not in state):
+def _refuse_differences(empty: nn.Module, state: Mapping[str, Tensor]) -> None:
+    wanted = empty.state_dict()
+    for name in (name for name, _ in empty.named_parameters() if name not in state):
         raise RefusedPickleError(f"has no {name}")
     for name, weight in state.items():
         if name not in wanted:

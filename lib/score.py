@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lib.attention import scoring_attention
-from lib.errors import UserError
 from lib.memory import GIB, peak_bytes
 from lib.mlp import LANGUAGE, Block, Layer
 from lib.offload import Placement
@@ -26,6 +25,7 @@ from lib.tape import (
     IGNORE,
     Batch,
     HiddenStates,
+    NotFinite,
     Tape,
     call,
     handing_on,
@@ -143,10 +143,10 @@ def _arrive(model, layers, tower: range, batches, tape: Tape, walk: Walk, placem
         if behind:
             outputs = [tape.output(index, number).to(main) for index in tower]
             above = {o: p[number].to(main) for o, p in walk.pulled.items() if p[number] is not None}
-            found = bridge_cotangents(model, layers, tower, batch.to(main), outputs, above, tape.tuples)
+            found = bridge_cotangents(model, layers, tower, batch.to(main), outputs, above, tape.returned)
         elif CROSS_ENTROPY in walk.pulled:
             last = tape.output(tower.stop - 1, number).to(main)
-            cotangent = cross_entropy_cotangent(model, layers, batch.to(main), last, tape.tuples, draws)
+            cotangent = cross_entropy_cotangent(model, layers, batch.to(main), last, tape.returned, draws)
             found = {tower.stop - 1: {CROSS_ENTROPY: cotangent}}
         else:
             found = {tower.stop - 1: {}}
@@ -186,11 +186,12 @@ def _walk_layer(layer, tape, index, batches, cotangents, reductions, device, bar
         with _captured(layer.block) as seen, torch.enable_grad():
             output = call(layer, tape, index, number, device, hidden)
         entered, outputs = [x for x, _ in seen], [y for _, y in seen]
+        n = len(batch) if layer.tower == LANGUAGE else len(hidden)  # a language model's may stand in several streams
         for objective, pulled in cotangents.items():
             roots, grads = ([output], [pulled[number].to(device)]) if pulled[number] is not None else ([], [])
             if objective == FIRST_ORDER:
                 roots = roots + outputs
-                grads = grads + _output_norm_cotangents(layer.block, outputs, hidden.shape[:2], real)
+                grads = grads + _output_norm_cotangents(layer.block, outputs, n, real)
             if not roots:
                 continue
             into, *left_grads = torch.autograd.grad(roots, [hidden, *outputs], grads, retain_graph=True)
@@ -207,7 +208,7 @@ def _walk_layer(layer, tape, index, batches, cotangents, reductions, device, bar
         bar.update()
     for objective, total in sums.items():
         if not total.isfinite().all():
-            raise UserError(f"{layer.name}: the {objective} saliency is not finite; {other_dtype(dtype)}")
+            raise NotFinite(f"{layer.name}: the {objective} saliency is not finite; {other_dtype(dtype)}")
     return {objective: total.cpu() for objective, total in sums.items()}
 
 
@@ -246,12 +247,12 @@ def cross_entropy_cotangent(
     layers: Sequence[Layer],
     batch: Batch,
     hidden: Tensor,
-    tuples: bool = False,
+    returned: int = 0,
     draws: int | None = None,
 ) -> Tensor:
     """d(sum over samples of the mean next-token cross-entropy) / d(last layer's output), `[batch, tokens, d]`.
 
-    `hidden` is the last layer's output; `tuples` says that layers return tuples. Everything behind the layers
+    `hidden` is the last layer's output; for `returned` see `lib.tape.handing_on`. Everything behind the layers
     (final norm, head, soft-capping) is the model's own code: it is called with layers that only hand `hidden`
     on, for a piece of the positions at a time where the model can (`logits_to_keep`). `draws` is the seed of labels
     that take the place of the batch's own.
@@ -263,9 +264,9 @@ def cross_entropy_cotangent(
     scale = FLOAT16_LOSS_SCALE if hidden.dtype == torch.float16 else 1.0
     handed = [hidden if layer.tower == layers[-1].tower else None for layer in layers]
     generator = None if draws is None else _generator(draws, batch)
-    for positions in _positions(model, hidden):
+    for positions in _positions(model, batch):
         keep = {} if positions is None else {"logits_to_keep": positions}
-        with handing_on(layers, handed, tuples), torch.enable_grad():
+        with handing_on(layers, handed, returned), torch.enable_grad():
             logits = model(**batch.inputs, use_cache=False, **keep).logits
         targets = labels if positions is None else labels[:, positions]
         slope = _softmax_cross_entropy_slope(logits.detach(), targets, scale / counts, generator)
@@ -307,7 +308,7 @@ def bridge_cotangents(
     batch: Batch,
     outputs: list[Tensor],
     above: dict[str, Tensor],
-    tuples: bool,
+    returned: int,
 ) -> dict[int, dict[str, Tensor]]:
     """Pull cotangents at the input of the next tower back to the outputs of this tower's layers.
 
@@ -325,7 +326,7 @@ def bridge_cotangents(
     handle = following.module.register_forward_pre_hook(catch, with_kwargs=True)
     try:
         handed = [*[None] * tower.start, *leaves, *[None] * (len(layers) - tower.stop)]
-        with handing_on(layers, handed, tuples), without_head(model), torch.enable_grad():
+        with handing_on(layers, handed, returned), without_head(model), torch.enable_grad():
             model(**batch.inputs, use_cache=False)
     finally:
         handle.remove()
@@ -338,12 +339,13 @@ def bridge_cotangents(
     return found
 
 
-def _positions(model: nn.Module, hidden: Tensor) -> Sequence[Tensor | None]:
+def _positions(model: nn.Module, batch: Batch) -> Sequence[Tensor | None]:
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return [None]
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    piece = max(1, LOGITS_AT_ONCE // (vocabulary * hidden.shape[0]))
-    return torch.arange(hidden.shape[1], device=hidden.device).split(piece)
+    n, tokens = batch.labels.shape
+    piece = max(1, LOGITS_AT_ONCE // (vocabulary * n))
+    return torch.arange(tokens, device=batch.labels.device).split(piece)
 
 
 def mean_singular_value(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,15 +370,15 @@ def mean_singular_value(output: Tensor) -> tuple[Tensor, Tensor]:
     return norm, slope.view_as(output).to(output.dtype)
 
 
-def _output_norm_cotangents(block: Block | None, outputs: list[Tensor], shape, real: Tensor | None) -> list[Tensor]:
+def _output_norm_cotangents(block: Block | None, outputs: list[Tensor], n: int, real: Tensor | None) -> list[Tensor]:
     """d(first-order objective)/d(output) of each module of the block, from the block's own terms alone.
 
-    `shape` is `[batch, tokens]`; `real` tells padding apart, where there is any.
+    `n` samples; `real` `[n, tokens]` tells padding apart, where there is any.
     """
     cotangents = []
     for module, output in zip(block.modules if block else [], outputs):
         parts = 1 if module is block.modules[-1] else block.layout.parts
-        shaped = output.detach().view(*shape, -1)
+        shaped = output.detach().reshape(n, -1, output.shape[-1])
         if real is not None:
             shaped = shaped.masked_fill(~real[..., None], 0)
         slopes = [mean_singular_value(part)[1] for part in shaped.chunk(parts, dim=-1)]

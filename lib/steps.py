@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -57,7 +58,8 @@ def measure(
         if args.eval_ppl:
             record.perplexity[of] = evaluate.perplexity(loaded.model, windows, f"perplexity, {of}")
         if args.eval_speed:
-            record.speed[of] = evaluate.speed(loaded.model, data.text_of(samples))
+            context = builder.context_length(loaded.model.config)
+            record.speed[of] = evaluate.speed(loaded.model, data.text_of(samples), context)
 
 
 def later_rounds(
@@ -173,20 +175,8 @@ def save(
     result: Run,
 ) -> None:
     """Write the result to its target, load it back, compare; complete or not at all."""
-    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
     with place.writing() as folder, result.phase("save"):
-        saved, layers = loaded.in_own_dtype(args.dtype), loaded.layers
-        if saved is not loaded.model:
-            layers = only_towers(find_layers(saved), args.towers)
-            if fits:
-                compensation.write(saved, layers, selection, fits)
-            prune.remove(saved, layers, selection)
-        checkpoint.save(folder, saved, layers, loaded.processor, formats)
-        checkpoint.save_selection(folder, layers, selection)
-        if not args.no_verify:
-            with temporary_modules_cache(), memory.named("verify", result.kept("verify")):
-                checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
-            result.verified = True
+        write(args, folder, loaded, selection, fits, samples, result)
 
         def describe(where: str) -> None:
             result.args["save_model"] = where
@@ -196,4 +186,30 @@ def save(
             checkpoint.save_report(folder, result.report() | {"files": files})
 
         where = place.put(folder, describe)
+    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
     result.bytes_on_disk = checkpoint.bytes_on_disk(where, formats)
+
+
+def write(
+    args: argparse.Namespace,
+    folder: Path,
+    loaded: Loaded,
+    selection: Selection,
+    fits: Sequence[Fit] | None,
+    samples: Sequence[Sample],
+    result: Run,
+) -> None:
+    """Write the model, and what was kept, to an existing folder; load it back, compare."""
+    formats = checkpoint.choose_formats(args.save_format, args.global_pruning)
+    saved, layers = loaded.in_own_dtype(args.dtype), loaded.layers
+    if saved is not loaded.model:
+        layers = only_towers(find_layers(saved), args.towers)
+        if fits:
+            compensation.write(saved, layers, selection, fits)
+        prune.remove(saved, layers, selection)
+    checkpoint.save(folder, saved, layers, loaded.processor, formats)
+    checkpoint.save_selection(folder, layers, selection)
+    if not args.no_verify:
+        with temporary_modules_cache(), memory.named("verify", result.kept("verify")):
+            checkpoint.verify(folder, saved, tape.inputs_of(samples[0], VERIFY_TOKENS), formats)
+        result.verified = True

@@ -25,6 +25,10 @@ IGNORE = -100  # the label of a position that counts nowhere
 SAME_COMPUTATION = 0.05
 
 
+class NotFinite(UserError):
+    """What the model computes is NaN or infinite in the dtype of scoring."""
+
+
 # --- calibration batches ----------------------------------------------------------------------------
 
 
@@ -146,7 +150,7 @@ class Tape:
     hidden: HiddenStates
     ends: set[int]  # the last layer of each tower
     calls: dict[tuple[int, int], tuple[tuple, dict]] = field(default_factory=dict)
-    tuples: bool = False  # whether layers return tuples
+    returned: int = 0  # how many values a layer returns in a tuple; 0 for the hidden state alone
 
     def input(self, layer: int, batch: int) -> Tensor:
         """What enters a layer, on the CPU."""
@@ -220,9 +224,9 @@ def enter(model, layers, tower: range, batches, placement: Placement, tape: Tape
         inputs = batch.to(main).inputs
         if number == 0:
             with placement.at_work(tower.start):
-                tape.tuples = _returns_tuples(model, layers, tower, outputs, inputs)
+                tape.returned = _values_returned(model, layers, tower, outputs, inputs)
         seen = _Calls(layers, tower)
-        with handing_on(layers, outputs, tape.tuples, seen), without_head(model):
+        with handing_on(layers, outputs, tape.returned, seen), without_head(model):
             model(**inputs, use_cache=False)
         calls = seen.calls
         if len(calls) != len(tower):
@@ -257,23 +261,24 @@ class _LayerDone(Exception):
     """Ends a forward of the model where nothing more is needed of it."""
 
 
-def _returns_tuples(model, layers, tower: range, outputs, inputs) -> bool:
+def _values_returned(model, layers, tower: range, outputs, inputs) -> int:
+    """How many values the tower's layers return in a tuple or list; 0 for a hidden state alone."""
     found = []
 
     def stop(module, args, output):
-        found.append(isinstance(output, tuple))
+        found.append(len(output) if isinstance(output, (tuple, list)) else 0)
         raise _LayerDone
 
     before, handed = layers[: tower.start], outputs[: tower.start]
     handle = layers[tower.start].module.register_forward_hook(stop)
     try:
-        with handing_on(before, handed, False):
+        with handing_on(before, handed, 0):
             model(**inputs, use_cache=False)
     except _LayerDone:
         pass
     finally:
         handle.remove()
-    return found == [True]
+    return found[0] if found else 0
 
 
 def _refuse_not_finite(layers, tower: range, tape: Tape, n_batches: int) -> None:
@@ -282,7 +287,7 @@ def _refuse_not_finite(layers, tower: range, tape: Tape, n_batches: int) -> None
             continue
         first = next(index for index in tower if not tape.output(index, number).isfinite().all())
         dtype = tape.output(first, number).dtype
-        raise UserError(
+        raise NotFinite(
             f"{layers[first].name}: its output is not finite in {str(dtype).removeprefix('torch.')}; "
             f"{other_dtype(dtype)}"
         )
@@ -316,8 +321,8 @@ def _refuse_other_computation(model, layers, tower: range, batch: Batch, tape: T
 
 
 def hidden_of(output) -> Tensor:
-    """The hidden state that a layer returns, alone or first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden state that a layer returns, alone or first of a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def other_dtype(dtype: torch.dtype) -> str:
@@ -339,11 +344,12 @@ def _same(a, b) -> bool:
 
 @contextmanager
 def handing_on(
-    layers: Sequence[Layer], outputs: Sequence[Tensor | None], tuples: bool, see: Callable | None = None
+    layers: Sequence[Layer], outputs: Sequence[Tensor | None], returned: int, see: Callable | None = None
 ) -> Iterator[None]:
     """Within this context the layers compute nothing: each returns its tensor of `outputs`, or its input for None.
 
-    `see(index, hidden, args, kwargs)` is told of every call. `tuples`: layers return tuples.
+    `see(index, hidden, args, kwargs)` is told of every call. `returned`: how many values layers return in a tuple, the
+    hidden state first; 0 for the hidden state alone.
     """
     with ExitStack() as restore:
         for index, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
@@ -352,7 +358,7 @@ def handing_on(
                 if see:
                     see(_index, hidden, tuple(rest), kwargs)
                 handed = hidden if _output is None else _output
-                return (handed, None, None) if tuples else handed
+                return (handed, *[None] * (returned - 1)) if returned else handed
 
             restore.enter_context(_stand_in(layer.module, forward))
         yield
