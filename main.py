@@ -69,6 +69,7 @@ def prune_at_ratios(args, targets) -> bool:
 
     with record.phase("load"):
         calibration = data.find_calibration(args.dataset, args.data_dir, args.image_dir)
+        calibration.refuse_unusable(args.nsamples, args.seed)
         loaded = builder.load(args.model, args.dtype, args.cuda, args.cache_dir, args.seqlen, method.sees, args.towers,
                               args.offload, args.max_memory)  # fmt: skip
         compensate.refuse_impossible(loaded.model, loaded.layers, args.compensate)

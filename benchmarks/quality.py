@@ -158,10 +158,8 @@ class Bench:
             self.calibration, loaded.model, loaded.tokenizer, seqlen, args.eval_windows, 0
         )
         rows = data.open_split(args.text, choices.SETS[args.text].split, args.data_dir)
-        ids = data.tokenize(loaded.tokenizer, "\n\n".join(map(data.SETS[args.text].sample, rows)))
-        other = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[: args.eval_windows]
-        if not len(other):
-            raise UserError(f"--text {args.text}: it has {len(ids)} tokens, fewer than one window of {seqlen}")
+        text = "\n\n".join(map(data.SETS[args.text].sample, rows))
+        other = data.windows_in_order(loaded.tokenizer, text, seqlen, args.eval_windows, f"--text {args.text}: it")
         return {source.split()[0]: own, f"{args.text} text": other}
 
     def samples(self, seed: int) -> list[Tensor]:

@@ -222,6 +222,7 @@ def load(
     source = find_source(name, cache_dir)
     config = source.config()
     refuse_unsupported(name, config, sees)
+    refuse_one_token(name, config)
     model, processor = source.load(DTYPES.get(dtype, "auto"))
     own_dtype = model.dtype
     device = parallel.device(cuda)
@@ -230,6 +231,7 @@ def load(
     layers = only_towers(find_layers(model), towers)
     placement = resources.place(model, layers)
     refuse_nan(model)
+    refuse_one_token(name, model.config)  # an original LLaVA's configuration says nothing of its text before
     seqlen = min(seqlen or 1024, context_length(model.config))
     return Loaded(source, model, processor, own_dtype, seqlen, layers, resources, placement)
 
@@ -276,6 +278,15 @@ def context_length(config) -> int:
     """The longest sequence the model was made for, in tokens; unlimited where the configuration names none."""
     text = config.get_text_config()
     return next((value for field in CONTEXT_FIELDS if isinstance(value := getattr(text, field, None), int)), 2**31)
+
+
+def refuse_one_token(name: str, config) -> None:
+    """Raise UserError for a model that takes no sequence in which a token is predicted from another."""
+    if (length := context_length(config)) < 2:
+        raise UserError(
+            f"--model {name}: its configuration allows sequences of {length} tokens, in which nothing is predicted; "
+            "correct it in config.json (max_position_embeddings or the like)"
+        )
 
 
 def refuse_nan(model: nn.Module) -> None:

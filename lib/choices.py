@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from lib.builder import context_length
-from lib.data import open_split
+from lib.data import arc_choices, open_split, reading
 from lib.errors import UserError
+from lib.rows import field, of_row, place_in, place_of, texts
 
 
 @dataclass(frozen=True)
@@ -39,30 +40,34 @@ def _of_choices(context: str, choices: list[str], answer: int, normalised: bool 
 
 def arc_question(row: dict) -> Question:
     """Clark et al. 2018: the texts of the answers, by length."""
-    labels, texts = row["choices"]["label"], row["choices"]["text"]
-    return _of_choices(f"Question: {row['question']}\nAnswer:", texts, labels.index(row["answerKey"]))
+    choices, answer = arc_choices(row)
+    return _of_choices(f"Question: {field(row, 'question')}\nAnswer:", choices, answer)
 
 
 def hellaswag_question(row: dict) -> Question:
     """Zellers et al. 2019: four endings of a scene, by length, without WikiHow's markup."""
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return _of_choices(_plain(context), [_plain(ending) for ending in row["endings"]], int(row["label"]))
+    context = f"{field(row, 'activity_label')}: {field(row, 'ctx_a')} {field(row, 'ctx_b').capitalize()}"
+    endings = texts(row["endings"], "'endings'")
+    answer = place_in(row["label"], len(endings), "'label'")
+    return _of_choices(_plain(context), [_plain(ending) for ending in endings], answer)
 
 
 def winogrande_question(row: dict) -> Question:
     """Sakaguchi et al. 2020: what follows the gap is scored after each option, so the lengths are equal."""
-    before, after = row["sentence"].split("_", 1)
-    contexts = [before + row["option1"], before + row["option2"]]
-    return Question(contexts, [f" {after.strip()}"] * 2, [1, 1], int(row["answer"]) - 1)
+    before, after = field(row, "sentence").split("_", 1)
+    contexts = [before + field(row, "option1"), before + field(row, "option2")]
+    return Question(contexts, [f" {after.strip()}"] * 2, [1, 1], place_of(row["answer"], "12", "'answer'"))
 
 
 def mmlu_question(row: dict) -> Question:
     """Hendrycks et al. 2021: the letters of the choices, after a line that names the subject."""
     letters = "ABCD"
-    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True)]
-    about = f"The following are multiple choice questions (with answers) about {row['subject'].replace('_', ' ')}.\n"
-    context = "\n".join([about, row["question"].strip(), *lines, "Answer:"])
-    return _of_choices(context, list(letters), int(row["answer"]), normalised=False)
+    choices = texts(row["choices"], "'choices'")
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
+    subject = field(row, "subject").replace("_", " ")
+    about = f"The following are multiple choice questions (with answers) about {subject}.\n"
+    context = "\n".join([about, field(row, "question").strip(), *lines, "Answer:"])
+    return _of_choices(context, list(letters), place_in(row["answer"], len(letters), "'answer'"), normalised=False)
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,17 @@ def accuracy(model: nn.Module, tokenizer, name: str, data_dir: str, limit: int |
     evenly spread (MMLU is sorted by subject). Per character, that is lm-eval's `acc_norm`; for winogrande and mmlu,
     where lengths do not count, its `acc`.
 
-    Raises UserError for a set that is unknown or nowhere to be found.
+    Raises UserError for a set that is unknown or nowhere to be found, and for a row of another form.
     """
     if name not in SETS:
         raise UserError(f"{name}: no multiple-choice set; choose {', '.join(SETS)}")
     rows = open_split(name, SETS[name].split, data_dir)
     asked = min(limit or len(rows), len(rows))
-    rows = rows.select([place * len(rows) // asked for place in range(asked)])
-    questions = [SETS[name].question(row) for row in rows]
+    if not asked:
+        raise UserError(f"{name}: its split '{SETS[name].split}' has no rows")
+    places = [place * len(rows) // asked for place in range(asked)]
+    with reading(name, data_dir):
+        questions = [of_row(SETS[name].question, rows[place], f"row {place}") for place in places]
     likelihoods = log_likelihoods(model, tokenizer, questions, name)
     right = [choose(*pair) == pair[0].answer for pair in zip(questions, likelihoods, strict=True)]
     return sum(right) / len(right)

@@ -1,6 +1,7 @@
 """Images with captions in LLaVA-Pretrain's form -> calibration samples with LLaVA v1.5's prompt."""
 
 import json
+import os
 import random
 import struct
 import zlib
@@ -28,19 +29,26 @@ EXPECTED = (
 )
 
 
+def is_captioned(dataset: str) -> bool:
+    """Whether a value of `--dataset` means images with captions: `llava`, or a JSON file."""
+    return dataset == NAME or dataset.lower().endswith(".json")
+
+
 def locate(dataset: str, image_dir: str | None, data_dir: str) -> tuple[Path, Path]:
     """The JSON file and the folder of images that `--dataset` means: `llava` in `data_dir`, or a JSON file.
 
     Without `image_dir` the images are in `images` beside the JSON file. Raises UserError when either is missing.
     """
-    path = Path(data_dir) / NAME / JSON_FILE if dataset == NAME else Path(dataset).expanduser()
-    folder = Path(image_dir).expanduser() if image_dir else path.parent / IMAGE_FOLDER
-    if not path.is_file():
+    own = Path(os.path.expanduser(data_dir)) / NAME / JSON_FILE
+    path = own if dataset == NAME else Path(os.path.expanduser(dataset))
+    folder = Path(os.path.expanduser(image_dir)) if image_dir else path.parent / IMAGE_FOLDER
+    # Unlike those of Path these say no, and raise nothing, for a folder one may not enter and a name too long.
+    if not os.path.isfile(path):
         raise UserError(
             f"--dataset {dataset}: {path} is missing; put LLaVA-Pretrain's {JSON_FILE} and its images there "
             "(liuhaotian/LLaVA-Pretrain on the Hub), or give a JSON file of that form and --image_dir"
         )
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         flag = f"--image_dir {image_dir}" if image_dir else f"--dataset {dataset}"
         raise UserError(
             f"{flag}: the folder of images {folder} is missing; unpack images.zip there, or give --image_dir"
@@ -49,7 +57,8 @@ def locate(dataset: str, image_dir: str | None, data_dir: str) -> tuple[Path, Pa
 
 
 def load_samples(
-    json_path: str | Path, image_dir: str | Path, processor: LlavaProcessor, n: int, seed: int, seqlen: int
+    json_path: str | Path, image_dir: str | Path, processor: LlavaProcessor, n: int, seed: int, seqlen: int,
+    rows: list[dict] | None = None,
 ) -> tuple[list[dict[str, Tensor]], int]:
     """`n` captioned images, and how many rows were skipped because their image is missing or damaged.
 
@@ -59,7 +68,7 @@ def load_samples(
 
     Raises UserError for a JSON of another form, too few usable rows, and a `seqlen` that leaves no caption.
     """
-    rows = read_rows(json_path)
+    rows = read_rows(json_path) if rows is None else rows
     samples, skipped = [], 0
     for index in random.Random(seed).sample(range(len(rows)), len(rows)):
         if len(samples) == n:

@@ -149,7 +149,8 @@ def _add_structured(group):
         "--towers",
         choices=["both", VISION, LANGUAGE],
         default="both",
-        help="structured_afr_llava: which of its towers lose neurons; each is standardised and thresholded by itself",
+        help="structured_afr_llava: which of its towers lose neurons; each is standardised and thresholded by itself, "
+        "but the objectives are those of all that is pruned, so vision alone chooses other neurons than both does",
     )
     group.add_argument(
         "--align",
@@ -384,7 +385,7 @@ def _check_rounds(args: argparse.Namespace) -> None:
 
 def _check_sight(args: argparse.Namespace) -> None:
     """Captioned images are for the method that prunes models that see, and for no other."""
-    images = args.dataset == llava_data.NAME or args.dataset.endswith(".json")
+    images = llava_data.is_captioned(args.dataset)
     if METHODS[args.prune_method].sees:
         if not images:
             raise UserError(

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import time
 from collections import Counter
@@ -12,12 +13,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import CALIBRATED, COLUMNS, SPLITS, made_up_row, save_made_up_set, save_set, sentences
+from conftest import CALIBRATED, COLUMNS, SPLITS, made_up_row, make_tokenizer, save_made_up_set, save_set, sentences
 from datasets import Dataset, DatasetDict, load_from_disk
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib import data
-from lib.data import Calibration, fingerprint, generate_windows, held_out_windows
+from lib import choices, data
+from lib.data import Calibration, find_calibration, fingerprint, generate_windows, held_out_windows, prefix_ids
 from lib.errors import UserError
 
 LONG = 10_000  # more tokens than any made-up row has
@@ -143,6 +145,78 @@ def test_wikitext_samples_are_windows_of_the_rows_joined_by_blank_lines(tmp_path
     whole = "ab\n\n\n\ncde"
     # As many windows as there are places to start: each comes exactly once.
     assert sorted(draw("wikitext2", tmp_path, n=6, seqlen=4)) == sorted(whole[i : i + 4] for i in range(6))
+
+
+# --- what a sample begins and ends with -------------------------------------------------------------
+
+BOS, EOS, PAD = 0, 1, 2
+TEMPLATES = {  # what stands before a text -> how the tokenizer is told so
+    "none": ((), "$A"),
+    "bos": ((BOS,), "<s> $A"),
+    "eos": ((), "$A </s>"),
+    "bos and eos": ((BOS,), "<s> $A </s>"),
+    "two": ((PAD, BOS), "<pad> <s> $A"),
+}
+
+
+def tokenizer_that_adds(kind: str):
+    """A tokenizer with the template of this kind, and what it puts before a text."""
+    before, template = TEMPLATES[kind]
+    tokenizer = make_tokenizer()
+    special = [(token, number) for token, number in (("<s>", BOS), ("</s>", EOS), ("<pad>", PAD)) if token in template]
+    own = processors.TemplateProcessing(single=template, special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = own
+    return tokenizer, list(before)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_window_begins_as_the_tokenizer_begins_every_text_and_does_not_end_it(kind, tmp_path):
+    tokenizer, before = tokenizer_that_adds(kind)
+    text = "\n".join(sentences(60))
+    (tmp_path / "own.txt").write_text(text)
+    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert prefix_ids(tokenizer).tolist() == before
+    # The draws, by hand: as many different places of the text as samples.
+    room = 24 - len(before)
+    starts = random.Random(5).sample(range(len(ids) - room + 1), 8)
+    wanted = [before + ids[start : start + room] for start in starts]
+    samples = Calibration(str(tmp_path / "own.txt"), "nowhere").samples(None, tokenizer, 8, 24, 5)
+    assert [sample.tolist() for sample in samples] == wanted
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_perplexity_windows_begin_as_every_text_and_hold_each_token_once(kind, tmp_path):
+    tokenizer, before = tokenizer_that_adds(kind)
+    save_set(tmp_path, "wikitext2", {"train": [{"text": "x"}], "test": [{"text": t} for t in sentences(40)]})
+    ids = tokenizer.backend_tokenizer.encode("\n\n".join(sentences(40)), add_special_tokens=False).ids
+    windows, _ = held_out_windows(Calibration("wikitext2", str(tmp_path)), None, tokenizer, 16, None, 0)
+    assert all(window[: len(before)] == before for window in windows.tolist()) and windows.shape[1] == 16
+    found = windows[:, len(before) :].flatten().tolist()
+    assert found == ids[: len(found)] and len(ids) - len(found) < 16
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_question_that_is_too_long_keeps_its_end_behind_what_begins_every_text(kind, tmp_path):
+    tokenizer, before = tokenizer_that_adds(kind)
+    save_set(tmp_path, "arc_easy", {"train": [ROWS["arc_easy"][0]]})
+    whole = tokenizer(ROWS["arc_easy"][1])["input_ids"]
+    [sample] = Calibration("arc_easy", str(tmp_path)).samples(None, tokenizer, 1, len(whole) - 3, 0)
+    assert sample.tolist() == before + whole[len(before) + 3 :]
+    [sample] = Calibration("arc_easy", str(tmp_path)).samples(None, tokenizer, 1, len(whole), 0)
+    assert sample.tolist() == whole
+
+
+def test_a_seqlen_with_no_room_for_a_prediction_is_one_line(tmp_path):
+    tokenizer, _ = tokenizer_that_adds("two")
+    (tmp_path / "own.txt").write_text("\n".join(sentences(9)))
+    line = error_of(lambda: Calibration(str(tmp_path / "own.txt"), "nowhere").samples(None, tokenizer, 1, 2, 0))
+    assert "--seqlen 2" in line and "at least 3" in line
+
+
+def test_a_sample_of_one_token_is_named_with_its_row(tmp_path):
+    rows = [{"sentence": "_", "option1": "ab", "option2": "a", "answer": answer} for answer in "12"]
+    save_set(tmp_path, "winogrande", {"train": rows})
+    assert "row 1 has one token" in error_of(lambda: draw("winogrande", tmp_path, n=2))
 
 
 # --- which samples ----------------------------------------------------------------------------------
@@ -376,6 +450,163 @@ def test_rows_of_a_parquet_file_are_joined_by_blank_lines(tmp_path):
     assert draw(tmp_path / "own.parquet", tmp_path, seqlen=8) == ["one\n\ntwo"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_byte_order_mark_says_the_encoding_and_is_no_part_of_the_text(suffix, encoding, tmp_path):
+    text = {"txt": "café", "jsonl": json.dumps({"text": "café"}, ensure_ascii=False)}[suffix]
+    (tmp_path / f"own.{suffix}").write_bytes(text.encode(encoding))
+    assert draw(tmp_path / f"own.{suffix}", tmp_path, seqlen=5) == ["café"]
+
+
+def test_a_byte_order_mark_of_the_other_byte_order_is_understood(tmp_path):
+    (tmp_path / "own.txt").write_bytes(b"\xfe\xff" + "café".encode("utf-16-be"))
+    assert draw(tmp_path / "own.txt", tmp_path, seqlen=5) == ["café"]
+
+
+def test_line_ends_of_windows_and_lines_of_spaces_make_no_difference(tmp_path):
+    (tmp_path / "own.jsonl").write_bytes(b'{"text": "one"}\r\n  \r\n\t\r\n{"text": "two"}\r\n')
+    assert draw(tmp_path / "own.jsonl", tmp_path, seqlen=8) == ["one\n\ntwo"]
+    (tmp_path / "own.txt").write_bytes(b"one\r\ntwo\r")
+    assert draw(tmp_path / "own.txt", tmp_path, seqlen=8) == ["one\ntwo\n"]
+
+
+@pytest.mark.parametrize("name", ["OWN.TXT", "Own.Jsonl", "own.PARQUET"])
+def test_suffixes_are_read_in_any_case(name, tmp_path):
+    if name.endswith("PARQUET"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("one" if name.endswith("TXT") else '{"text": "one"}')
+    assert draw(tmp_path / name, tmp_path, seqlen=3) == ["one"]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_every_kind_of_string_column_of_a_parquet_file_is_read(kind, tmp_path):
+    column = pyarrow.array(["one", "two", "one"]).cast(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "own.parquet")
+    assert draw(tmp_path / "own.parquet", tmp_path, seqlen=13) == ["one\n\ntwo\n\none"]
+
+
+def test_a_tilde_is_the_home_folder_wherever_data_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.txt").write_text("abcd")
+    save_made_up_set(tmp_path / "sets", "arc_easy", 3)
+    assert draw("~/own.txt", "nowhere", seqlen=4) == ["abcd"]
+    assert len(draw("arc_easy", "~/sets", n=3)) == 3
+    assert "no such file" in error_of(lambda: draw("~nobody-of-this-name/own.txt", "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["txt", "jsonl", "parquet"])
+def test_a_name_that_no_file_system_takes_is_one_line(name, tmp_path):
+    line = error_of(lambda: Calibration(str(tmp_path / f"{'x' * 300}.{name}"), str(tmp_path)))
+    assert "cannot be read" in line
+    assert "--data_dir" in error_of(lambda: Calibration("arc_easy", str(tmp_path / ("x" * 300))))
+
+
+HALF = "cut off \ud83d"
+BAD_ROWS = {"null": (None, "is null"), "number": (7, "no text but int"), "half": (HALF, "surrogate pair (\\ud83d)")}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_record_that_holds_no_text_is_named_with_its_row_and_line(kind, tmp_path):
+    value, said = BAD_ROWS[kind]
+    lines = [json.dumps({"text": text}) for text in (*sentences(17), value, "more")]
+    (tmp_path / "own.jsonl").write_text("\n".join(["", *lines]))
+    line = error_of(lambda: Calibration(str(tmp_path / "own.jsonl"), str(tmp_path)))
+    assert "row 17 (line 19)" in line and said in line
+
+
+def test_a_whole_surrogate_pair_is_the_character_it_stands_for(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
+    assert draw(tmp_path / "own.jsonl", tmp_path, seqlen=4) == ["\U0001f600"]
+
+
+@pytest.mark.parametrize("column, said", [
+    (pyarrow.array([*sentences(17), None, "more"]), "row 17: 'text' is null"),
+    (pyarrow.nulls(3), "row 0: 'text' is null"),
+    (pyarrow.array([b"one"]), "row 0: 'text' is no text but bytes"),
+    (pyarrow.array([1.5]), "row 0: 'text' is no text but float"),
+    (pyarrow.array([], pyarrow.string()), "holds no text"),
+])  # fmt: skip
+def test_a_row_of_a_parquet_file_that_holds_no_text_is_named(column, said, tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "own.parquet")
+    assert said in error_of(lambda: Calibration(str(tmp_path / "own.parquet"), str(tmp_path)))
+
+
+def test_a_null_row_of_a_set_is_named_before_any_model_is_asked_for(tmp_path):
+    texts = [*sentences(17), None]
+    DatasetDict({split: Dataset.from_dict({"text": texts}) for split in ("train", "test")}).save_to_disk(
+        tmp_path / "wikitext2"
+    )
+    calibration = Calibration("wikitext2", str(tmp_path))
+    for action in (
+        lambda: calibration.refuse_unusable(1, 0),
+        lambda: calibration.samples(None, Bytes(), 1, 8, 0),
+        lambda: held_out_windows(calibration, None, Bytes(), 8, None, 0),
+    ):
+        line = error_of(action)
+        assert "--dataset wikitext2" in line and "row 17: 'text' is null" in line
+
+
+def test_too_few_rows_are_found_before_any_model_is_asked_for(tmp_path):
+    save_made_up_set(tmp_path, "arc_easy", 5)
+    calibration = find_calibration("arc_easy", str(tmp_path), None)
+    calibration.refuse_unusable(5, 0)
+    assert "--nsamples 6" in error_of(lambda: calibration.refuse_unusable(6, 0))
+    Calibration("self_generated", "nowhere").refuse_unusable(10, 0)
+
+
+BAD_QUESTIONS = [
+    ("hellaswag", {"label": ""}, "'label' is ''"),
+    ("hellaswag", {"label": "-1"}, "'label' is '-1'"),
+    ("hellaswag", {"label": "4"}, "from 0 to 3"),
+    ("hellaswag", {"label": None}, "'label' is None"),
+    ("hellaswag", {"endings": None}, "'endings' is no list"),
+    ("hellaswag", {"ctx_a": None}, "'ctx_a' is null"),
+    ("hellaswag", {"endings": ["a.", None, "c.", "d."]}, "'endings'[1] is null"),
+    ("mmlu", {"answer": 4}, "from 0 to 3"),
+    ("mmlu", {"answer": -1}, "'answer' is -1"),
+    ("mmlu", {"choices": []}, "'choices' is no list"),
+    ("mmlu", {"question": None}, "'question' is null"),
+    ("winogrande", {"answer": ""}, "none of the labels 1, 2"),
+    ("winogrande", {"answer": "3"}, "none of the labels 1, 2"),
+    ("winogrande", {"option1": None, "answer": "1"}, "'option1' is null"),
+    ("arc_easy", {"answerKey": "E"}, "'answerKey' is 'E', which is none of the labels 1, 2, 3, 4"),
+    ("arc_easy", {"question": HALF}, "surrogate pair"),
+    ("arc_easy", {"choices": {"text": None, "label": list("1234")}}, "'choices' is no list"),
+    ("arc_easy", {"choices": {"text": ["a"], "label": None}}, "there are none"),
+    ("arc_easy", {"choices": {"text": ["a"], "label": list("1234")}, "answerKey": "4"}, "1 texts and 4 labels"),
+    ("arc_easy", {"choices": None}, "TypeError"),
+]
+
+
+@pytest.mark.parametrize("name, change, said", BAD_QUESTIONS)
+def test_a_row_that_makes_no_question_is_named_and_nothing_is_made_up(name, change, said, tmp_path, monkeypatch):
+    good = ROWS[name][0]
+    rows = [good, good, good | change]
+    monkeypatch.setattr("lib.data.open_split", lambda *where: rows)
+    monkeypatch.setattr("lib.choices.open_split", lambda *where: rows)
+    calibration = Calibration(name, str(tmp_path))
+    for action in (
+        lambda: calibration.refuse_unusable(3, 0),
+        lambda: calibration.samples(None, Bytes(), 3, LONG, 0),
+        lambda: choices.accuracy(None, Bytes(), name, str(tmp_path)),
+    ):
+        line = error_of(action)
+        assert f"--dataset {name}" in line and "row 2: " in line and said in line
+
+
+@pytest.mark.parametrize("name, change, word", [
+    ("winogrande", {"answer": 1}, "Ann had"),
+    ("arc_easy", {"answerKey": 3}, "Answer: iron"),
+    ("arc_easy", {"choices": {"text": ["wood", "iron"], "label": [1, 2]}, "answerKey": "2"}, "Answer: iron"),
+    ("mmlu", {"answer": "2"}, "Answer: C"),
+    ("hellaswag", {"label": 2}, "He starts the car."),
+])  # fmt: skip
+def test_labels_may_be_numbers_or_their_digits(name, change, word, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.data.open_split", lambda *where: [ROWS[name][0] | change])
+    assert word in draw(name, tmp_path)[0]
+
+
 BROKEN = {
     "not_utf8.txt": b"caf\xe9",
     "no_json.jsonl": b'{"text": "one"}\n{"text": ',
@@ -397,6 +628,12 @@ def test_a_damaged_file_says_what_was_expected(name, tmp_path):
 def test_a_parquet_file_without_text_says_what_was_expected(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["one"]}), tmp_path / "own.parquet")
     assert "'text'" in error_of(lambda: Calibration(str(tmp_path / "own.parquet"), str(tmp_path)))
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_folder_with_the_name_of_a_file_is_one_line(suffix, tmp_path):
+    (tmp_path / f"own.{suffix}").mkdir()
+    assert "IsADirectory" in error_of(lambda: Calibration(str(tmp_path / f"own.{suffix}"), str(tmp_path)))
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
@@ -445,6 +682,14 @@ def test_self_generated_tokens_follow_the_models_distribution(llama):
     found = torch.bincount(windows[:, 1], minlength=len(expected)) / len(windows)
     # Half the total variation: 0.5 * sum|p - q| is about sqrt(tokens / (2 pi n)) = 0.16 for a sample of p itself.
     assert 0.5 * (found - expected).abs().sum() < 0.2
+
+
+def test_self_generated_samples_begin_as_the_tokenizer_begins_every_text(llama):
+    tokenizer, before = tokenizer_that_adds("two")
+    assert (generate_windows(llama[0], tokenizer, 3, 12, 0)[:, :2] == torch.tensor(before)).all()
+    tokenizer, _ = tokenizer_that_adds("none")
+    windows = generate_windows(llama[0], tokenizer, 3, 12, 0)
+    assert windows.shape == (3, 12) and (windows[:, 0] == BOS).all()
 
 
 def test_generating_leaves_the_global_random_state_alone(llama):
