@@ -1,6 +1,5 @@
 """What a model is on disk or on the Hub -> model and tokenizer, ready to be scored."""
 
-import copy
 import hashlib
 import re
 import warnings
@@ -25,7 +24,7 @@ from lib import llava, modeling_pruned, parallel, remote_code
 from lib.config_checks import building, refuse_endless, refuse_short_context
 from lib.errors import UserError
 from lib.memory import GIB
-from lib.mlp import Layer, find_layers, forget_widths, only_towers
+from lib.mlp import Layer, find_layers, forget_widths, only_towers, skeleton
 from lib.offload import Placement, Resources, cast
 from lib.storage import unshare
 from lib.tape import HiddenStates
@@ -222,7 +221,6 @@ def load(
     source = find_source(name, cache_dir)
     config = source.config()
     refuse_unsupported(name, config, sees)
-    refuse_one_token(name, config)
     model, processor = source.load(DTYPES.get(dtype, "auto"))
     own_dtype = model.dtype
     device = parallel.device(cuda)
@@ -231,7 +229,8 @@ def load(
     layers = only_towers(find_layers(model), towers)
     placement = resources.place(model, layers)
     refuse_nan(model)
-    refuse_one_token(name, model.config)  # an original LLaVA's configuration says nothing of its text before
+    # An original LLaVA's configuration says nothing of its text before it is converted.
+    refuse_short_context(name, model.config.get_text_config(), CONTEXT_FIELDS)
     seqlen = min(seqlen or 1024, context_length(model.config))
     return Loaded(source, model, processor, own_dtype, seqlen, layers, resources, placement)
 
@@ -254,11 +253,11 @@ def refuse_unsupported(name: str, config, sees: bool) -> None:
             f"--model {name}: the family '{config.model_type}' is not a causal language model that "
             "transformers can build"
         )
-    with building(name), torch.device("meta"):
+    with building(name):
         model_class = causal_class(config)
         if hasattr(config, "pruned_mlp"):
             model_class = modeling_pruned.pruned(model_class)
-        find_layers(model_class(copy.deepcopy(config)))
+        find_layers(skeleton(model_class, config))
 
 
 def causal_class(config) -> type:
@@ -278,15 +277,6 @@ def context_length(config) -> int:
     """The longest sequence the model was made for, in tokens; unlimited where the configuration names none."""
     text = config.get_text_config()
     return next((value for field in CONTEXT_FIELDS if isinstance(value := getattr(text, field, None), int)), 2**31)
-
-
-def refuse_one_token(name: str, config) -> None:
-    """Raise UserError for a model that takes no sequence in which a token is predicted from another."""
-    if (length := context_length(config)) < 2:
-        raise UserError(
-            f"--model {name}: its configuration allows sequences of {length} tokens, in which nothing is predicted; "
-            "correct it in config.json (max_position_embeddings or the like)"
-        )
 
 
 def refuse_nan(model: nn.Module) -> None:
