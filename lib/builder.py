@@ -3,7 +3,7 @@
 import hashlib
 import re
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -20,7 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from lib import llava, modeling_pruned, parallel, remote_code
+from lib import llava, modeling_pruned, parallel, remote_code, source_checks
 from lib.config_checks import building, refuse_endless, refuse_short_context
 from lib.errors import UserError
 from lib.memory import GIB
@@ -45,8 +45,13 @@ class Source:
         """Whether the weights are a quantised `.gguf` file; they are read dequantised, as float32."""
         return "gguf_file" in self.arguments
 
+    @property
+    def files(self) -> source_checks.Files:
+        """The checkpoint's files (of a `.gguf`, those beside it)."""
+        return source_checks.Files(self.name, self.arguments.get("cache_dir"))
+
     def config(self):
-        """The model's configuration.
+        """The model's configuration, without its writer's choice of kernels.
 
         Raises UserError when it cannot be read, has more layers than any model, and for a family that is only code.
         """
@@ -54,6 +59,7 @@ class Source:
             self._refuse_raw(self._try(PreTrainedConfig.get_config_dict)[0])
         config = self._load(AutoConfig)
         remote_code.forget(config)
+        source_checks.make_ours(config)
         return config
 
     def _refuse_raw(self, fields) -> None:
@@ -80,24 +86,30 @@ class Source:
             model, processor = llava.load(self.name, self.arguments.get("cache_dir"), dtype)
             return unshare(model), processor
         tokenizer = self._load(AutoTokenizer)
-        extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {}
-        dtype = torch.float32 if self.is_gguf and dtype == "auto" else dtype
+        extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {"config": config}
+        dtype = self._own_dtype(config) if dtype == "auto" else dtype
         if hasattr(config, "pruned_mlp"):
             # Such a folder names code beside it; the same code stands here, and is the one that is trusted.
-            model = forget_widths(self._load_whole(modeling_pruned.pruned(causal_class(config)), dtype=dtype))
+            model = forget_widths(self._load_whole(modeling_pruned.pruned(causal_class(config)), dtype=dtype, **extra))
         else:
             model = self._load_whole(AutoModelForCausalLM, dtype=dtype, **extra)
+        if source_checks.is_fine_grained_fp8(config.to_dict()):
+            model.to(dtype)  # transformers leaves what was no float8 in bfloat16
         return unshare(model).eval().requires_grad_(False), tokenizer
 
+    def _own_dtype(self, config) -> torch.dtype | str:
+        """The dtype of the checkpoint's weights; "auto", which is what its configuration says, where they differ."""
+        if self.is_gguf:
+            return torch.float32
+        if source_checks.is_fine_grained_fp8(config.to_dict()):
+            return config.dtype if config.dtype in DTYPES.values() else torch.bfloat16
+        return self.files.dtype or "auto"
+
     def _load_whole(self, model_class, **extra) -> nn.Module:
-        """The model, unless the checkpoint lacks a weight; transformers would make one up."""
-        model, found = self._load(model_class, output_loading_info=True, **extra)
-        if missing := sorted(found["missing_keys"]):
-            raise UserError(
-                f"--model {self.name}: the checkpoint has no {missing[0]}"
-                + (f" and lacks {len(missing) - 1} more weights" if missing[1:] else "")
-                + "; fetch it again"
-            )
+        """The model, unless the checkpoint lacks a weight, which transformers would make up, or has one left over."""
+        model, found = self._load(model_class, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
+        source_checks.refuse_differences(self.name, model, found)
+        source_checks.refuse_own_head(self.name, model)
         return model
 
     def _load(self, auto_class, **extra):
@@ -144,6 +156,7 @@ class Loaded:
     layers: list[Layer]
     resources: Resources
     placement: Placement
+    notes: dict[str, str] = field(default_factory=dict)  # weights that were left out or rounded
 
     @property
     def tokenizer(self):
@@ -188,6 +201,7 @@ def find_source(name: str, cache_dir: str) -> Source:
         return Source(name, {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name})
     if path.is_dir():
         if not (path / "config.json").is_file():
+            source_checks.refuse_without_config(source_checks.Files(name))
             raise UserError(f"--model {name}: the folder holds no config.json; give the folder of a saved model")
         return Source(name, {"pretrained_model_name_or_path": str(path)})
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
@@ -219,10 +233,13 @@ def load(
     if cuda and not torch.cuda.is_available():
         raise UserError("--cuda: no CUDA GPU is visible; leave the flag out to run on the CPU")
     source = find_source(name, cache_dir)
+    if not source.is_gguf:
+        source_checks.refuse_on_sight(source.files, sees)
     config = source.config()
     refuse_unsupported(name, config, sees)
     model, processor = source.load(DTYPES.get(dtype, "auto"))
     own_dtype = model.dtype
+    notes = {} if source.is_gguf or sees else source_checks.notes(model, own_dtype, source.files)
     device = parallel.device(cuda)
     limit = None if max_memory is None else int(max_memory * GIB)
     resources = Resources(device, DTYPES.get(dtype) or scoring_dtype(device), offload, limit, parallel.world() > 1)
@@ -232,7 +249,7 @@ def load(
     # An original LLaVA's configuration says nothing of its text before it is converted.
     refuse_short_context(name, model.config.get_text_config(), CONTEXT_FIELDS)
     seqlen = min(seqlen or 1024, context_length(model.config))
-    return Loaded(source, model, processor, own_dtype, seqlen, layers, resources, placement)
+    return Loaded(source, model, processor, own_dtype, seqlen, layers, resources, placement, notes)
 
 
 def refuse_unsupported(name: str, config, sees: bool) -> None:
@@ -248,6 +265,7 @@ def refuse_unsupported(name: str, config, sees: bool) -> None:
     if sees:
         return  # an original form says too little of itself before it is converted
     refuse_short_context(name, config.get_text_config(), CONTEXT_FIELDS)
+    source_checks.refuse_other_tasks(name, config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"--model {name}: the family '{config.model_type}' is not a causal language model that "

@@ -44,6 +44,7 @@ class Run:
     score_file: dict = field(default_factory=dict)  # path and whether its scores were there already
     fits: dict[str, list] = field(default_factory=dict)  # what compensation came to, per MLP
     pictures: list = field(default_factory=list)  # what `report.html` draws, per tower (`lib.report.Picture`)
+    notes: dict[str, str] = field(default_factory=dict)  # weights of the checkpoint that were left out or rounded
     verified: bool = False
     bytes_on_disk: dict[str, int] = field(default_factory=dict)
 
@@ -52,6 +53,7 @@ class Run:
         self.before = size
         self.dtypes = {"checkpoint": _name(loaded.own_dtype), "scoring": _name(loaded.model.dtype)}
         self.data["seqlen"] = loaded.seqlen
+        self.notes = loaded.notes
 
     def calibrated(self, samples: Sequence[Sample], fingerprint: str, skipped: int) -> None:
         """Note what the model is scored on, and how many rows could not be used."""
@@ -120,6 +122,7 @@ class Run:
             "tokens_per_second": {name: vars(speed) for name, speed in self.speed.items()} or None,
             "scores": self.score_file or None,
             "compensation": self.fits or None,
+            "notes": self.notes or None,
             "verified": self.verified,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_memory_bytes": self.peak_bytes,
@@ -190,6 +193,7 @@ class Run:
             yield name, f"{_range(dense)} -> {_range(kept)}  ({len(dense)} layers)"
         if self.unused:
             yield "scored 0", f"{', '.join(self.unused)}: the model makes no use of what comes out of there"
+        yield from self.notes.items()
         if "skipped" in self.data:
             yield "skipped", f"{self.data['skipped']} rows, whose image is missing or damaged or whose caption is empty"
 
