@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from lib import llava, modeling_pruned, parallel
-from lib.config_checks import RawConfig, building, refuse_endless, refuse_short_context
+from lib.config_checks import RawConfig, building, check_raw, refuse_short_context
 from lib.errors import UserError
 from lib.memory import GIB
 from lib.mlp import Layer, find_layers, forget_widths, only_towers
@@ -45,9 +46,9 @@ class Source:
         return "gguf_file" in self.arguments
 
     def config(self):
-        """The model's configuration. Raises UserError when it cannot be read, or has more layers than any model."""
+        """The model's configuration. Raises UserError when it cannot be read, or can be no model's."""
         if not self.is_gguf:
-            refuse_endless(self.name, self._load(RawConfig))
+            check_raw(self.name, self._load(RawConfig))
         return self._load(AutoConfig)
 
     def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -67,6 +68,7 @@ class Source:
             model = forget_widths(self._load_whole(modeling_pruned.pruned(causal_class(config)), dtype=dtype))
         else:
             model = self._load_whole(AutoModelForCausalLM, dtype=dtype, **extra)
+        model.config.return_dict = True  # some old checkpoints say otherwise
         return model.eval().requires_grad_(False), tokenizer
 
     def _load_whole(self, model_class, **extra) -> nn.Module:
@@ -94,6 +96,8 @@ class Source:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, ImportError):
             return f"needs a package that is not installed: {reason}"
+        if "ignore_mismatched_sizes" in reason:
+            return "its weights have other shapes than its config.json says; fetch it again"
         if Path(self.name).exists():
             return f"cannot be loaded, the folder or file may be incomplete ({type(error).__name__}: {reason})"
         if "gated" in reason.lower() or "401" in reason or "403" in reason:
@@ -145,7 +149,7 @@ class Loaded:
 
 def quiet_libraries() -> None:
     """Keep the libraries' own chatter off the terminal."""
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
     datasets.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="huggingface_hub|transformers|datasets")
 
