@@ -1,6 +1,7 @@
 """What a model is on disk or on the Hub -> model and tokenizer, ready to be scored."""
 
 import hashlib
+import logging
 import re
 import warnings
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from lib import llava, modeling_pruned, parallel, remote_code, source_checks
-from lib.config_checks import building, refuse_endless, refuse_short_context
+from lib.config_checks import building, check_raw, refuse_short_context
 from lib.errors import UserError
 from lib.memory import GIB
 from lib.mlp import Layer, find_layers, forget_widths, only_towers, skeleton
@@ -66,7 +67,7 @@ class Source:
         """Raise UserError for what no class of the library should be given, or would know."""
         if not isinstance(fields, dict):
             raise UserError(f"--model {self.name}: its config.json holds no JSON object; fetch it again")
-        refuse_endless(self.name, fields)
+        check_raw(self.name, fields)
         if fields.get("model_type") and not llava.is_llava(fields):
             remote_code.refuse_unknown_family(
                 f"--model {self.name}", fields, "give a checkpoint of a family that transformers has"
@@ -95,6 +96,7 @@ class Source:
             model = self._load_whole(AutoModelForCausalLM, dtype=dtype, **extra)
         if source_checks.is_fine_grained_fp8(config.to_dict()):
             model.to(dtype)  # transformers leaves what was no float8 in bfloat16
+        model.config.return_dict = True  # some old checkpoints say otherwise
         return unshare(model).eval().requires_grad_(False), tokenizer
 
     def _own_dtype(self, config) -> torch.dtype | str:
@@ -187,7 +189,7 @@ class Loaded:
 def quiet_libraries() -> None:
     """Keep the libraries' own chatter, and their questions, off the terminal."""
     remote_code.never_ask()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.CRITICAL)  # its errors are raised as well
     datasets.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module="huggingface_hub|transformers|datasets")
 

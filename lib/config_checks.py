@@ -6,17 +6,21 @@ from contextlib import contextmanager
 
 from lib.errors import UserError, is_out_of_memory, reason
 
-# Fields whose value is a number of modules to build; no model is anywhere near so deep.
+# Fields whose value is a number of things to build, and more of them than any model has.
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "num_encoder_layers")
-MOST_LAYERS = 2000
+TOO_MANY = dict.fromkeys(DEPTHS, 2000) | {"num_labels": 10**6}
 
 
-def refuse_endless(name: str, raw: dict) -> None:
-    """Raise UserError for more layers than any model has: classes of configurations already loop over them."""
+def check_raw(name: str, raw: dict) -> None:
+    """Raise UserError for what classes of configurations already stumble over: numbers that they loop up to, and names
+    of architectures that are none."""
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(entry, str) for entry in architectures):
+        raise UserError(f"--model {name}: its config.json says architectures {architectures}; fetch it again")
     for field, value in raw.items():
         if isinstance(value, dict):
-            refuse_endless(name, value)
-        elif field in DEPTHS and isinstance(value, int | float) and value > MOST_LAYERS:
+            check_raw(name, value)
+        elif field in TOO_MANY and isinstance(value, int | float) and value >= TOO_MANY[field]:
             raise UserError(f"--model {name}: its config.json says {field} {value}, more than any model has")
 
 
