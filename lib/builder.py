@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    LlavaConfig,
+    PreTrainedConfig,
     ProcessorMixin,
 )
 
@@ -44,8 +46,17 @@ class Source:
         return "gguf_file" in self.arguments
 
     def config(self):
-        """The model's configuration. Raises UserError when it cannot be read."""
-        return self._load(AutoConfig)
+        """The model's configuration. Raises UserError when it cannot be read, and for an original LLaVA but v1.5.
+
+        The raw one is looked at first: transformers knows the original LLaVA's not, or takes it for another one.
+        """
+        if self.is_gguf:
+            return self._load(AutoConfig)
+        fields = self._load(_RawConfig)
+        if not llava.is_original(fields):
+            return self._load(AutoConfig)
+        llava.refuse_other_originals(self.name, fields, self.arguments.get("cache_dir"))
+        return LlavaConfig()  # that it is a LLaVA; its own values are read when it is converted
 
     def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
         """The model on the CPU, in `dtype` or ("auto") in the checkpoint's own. Raises UserError."""
@@ -97,6 +108,14 @@ class Source:
             "no such folder here, and the Hub did not serve it; check the name and the network, or give a local "
             f"folder ({type(error).__name__}: {reason[:120]})"
         )
+
+
+class _RawConfig:
+    """config.json as it stands."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: str, **arguments) -> dict:
+        return PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **arguments)[0]
 
 
 @dataclass(frozen=True)
@@ -205,8 +224,8 @@ def refuse_unsupported(name: str, config, sees: bool) -> None:
     """Raise UserError unless the MLPs of this configuration can be found; reads no weights."""
     if llava.is_llava(config) != sees:
         raise UserError(
-            f"--model {name}: has no vision tower (its family is '{config.model_type}'), which "
-            "structured_afr_llava prunes; use structured_afr"
+            f"--model {name}: has no vision tower that structured_afr_llava prunes (its family is "
+            f"'{config.model_type}', not LLaVA v1.5's); use structured_afr for a language model"
             if sees
             else f"--model {name}: is a LLaVA; use --prune_method structured_afr_llava (--towers language prunes its "
             "language model alone)"
