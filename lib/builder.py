@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    LlavaConfig,
     PreTrainedConfig,
     ProcessorMixin,
 )
@@ -54,17 +55,22 @@ class Source:
     def config(self):
         """The model's configuration, without its writer's choice of kernels.
 
+        The raw one is looked at first: transformers does not know the original LLaVA's, or takes it for another one.
         Raises UserError when it cannot be read, has more layers than any model, and for a family that is only code.
         """
         if not self.is_gguf:
-            self._refuse_raw(self._try(PreTrainedConfig.get_config_dict)[0])
+            fields = self._raw_config()
+            if llava.is_original(fields):
+                llava.refuse_other_originals(self.name, fields, self.arguments.get("cache_dir"))
+                return LlavaConfig()  # that it is a LLaVA; its own values are read when it is converted
         config = self._load(AutoConfig)
         remote_code.forget(config)
         source_checks.make_ours(config)
         return config
 
-    def _refuse_raw(self, fields) -> None:
-        """Raise UserError for what no class of the library should be given, or would know."""
+    def _raw_config(self) -> dict:
+        """What config.json holds. Raises UserError for what no class of the library should be given, or would know."""
+        fields = self._try(PreTrainedConfig.get_config_dict)[0]
         if not isinstance(fields, dict):
             raise UserError(f"--model {self.name}: its config.json holds no JSON object; fetch it again")
         check_raw(self.name, fields)
@@ -72,6 +78,7 @@ class Source:
             remote_code.refuse_unknown_family(
                 f"--model {self.name}", fields, "give a checkpoint of a family that transformers has"
             )
+        return fields
 
     def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
         """The model on the CPU, in `dtype` or ("auto") in the checkpoint's own. Raises UserError."""
@@ -258,8 +265,8 @@ def refuse_unsupported(name: str, config, sees: bool) -> None:
     """Raise UserError unless the MLPs of this configuration can be found; reads no weights."""
     if llava.is_llava(config) != sees:
         raise UserError(
-            f"--model {name}: has no vision tower (its family is '{config.model_type}'), which "
-            "structured_afr_llava prunes; use structured_afr"
+            f"--model {name}: has no vision tower that structured_afr_llava prunes (its family is "
+            f"'{config.model_type}', not LLaVA v1.5's); use structured_afr for a language model"
             if sees
             else f"--model {name}: is a LLaVA; use --prune_method structured_afr_llava (--towers language prunes its "
             "language model alone)"

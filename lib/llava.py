@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoProcessor,
@@ -36,6 +36,7 @@ from lib.mlp import forget_widths, has_widths
 from lib.modeling_pruned import pruned
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
+ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_mpt", "llava_qwen", "llava_gemma")
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -51,6 +52,7 @@ CHAT_TEMPLATE = (
     '{{ " " if message["role"] == "user" else eos_token }}{% endfor %}'
     '{% if add_generation_prompt %}{{ "ASSISTANT:" }}{% endif %}'
 )
+
 
 # What the original's configuration may say: the values that its v1.5 models have, and absence where that means one.
 SUPPORTED = {
@@ -113,13 +115,30 @@ def is_original(config: dict | str | Path) -> bool:
 
 
 def _is_original(fields: dict) -> bool:
-    named = ARCHITECTURE in (fields.get("architectures") or ()) or "mm_vision_tower" in fields
-    return named and "text_config" not in fields
+    """Since v1.2.0 the original code saves a `model_type` that transformers does not know: llava_llama, llava_mpt ..."""
+    named = ARCHITECTURE in _architectures(fields) or fields.get("model_type") in ORIGINAL_TYPES
+    return (named or "mm_vision_tower" in fields) and not fields.keys() & {"text_config", "vision_config"}
+
+
+def _architectures(fields: dict) -> list:
+    named = fields.get("architectures")
+    return named if isinstance(named, list) else []
 
 
 def read_config(name: str, cache_dir: str | None = None) -> dict:
     """The raw config.json of a local folder or a Hub name. Raises UserError when there is none."""
     return _Place(name, cache_dir, f"--model {name}").json("config.json")
+
+
+def refuse_other_originals(name: str, fields: dict, cache_dir: str | None = None) -> None:
+    """Raise UserError for an original form that is not a whole LLaVA v1.5, such as a v1.6, a Mistral or a LoRA.
+
+    Only the raw configuration and the names of the files beside it are looked at.
+    """
+    folder = Path(name).expanduser()
+    place = _Place(str(folder) if folder.is_dir() else name, cache_dir, f"--model {name}")
+    _refuse_parts(place)
+    _refuse_unsupported(place, fields)
 
 
 def load(
@@ -144,6 +163,7 @@ def load(
 
 
 def _load_original(place: "_Place", fields: dict, dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    _refuse_parts(place)
     _refuse_unsupported(place, fields)
     tokenizer = _tokenizer(place, fields)
     state = {_renamed(key): weight for key, weight in place.weights().items() if not COMPUTED.search(key)}
@@ -155,6 +175,7 @@ def _load_original(place: "_Place", fields: dict, dtype) -> tuple[LlavaForCondit
         config = _config(fields, vision, tokenizer)
     except Exception as error:
         raise UserError(f"{place.what}: config.json does not describe a LLaVA v1.5 ({_reason(error)})") from error
+    _refuse_other_layer(place, config, "mm_vision_select_layer")
     for key in (EMBEDDINGS, HEAD):
         if key in state:
             state[key] = _grown(state[key], config.text_config.vocab_size)
@@ -176,8 +197,12 @@ def _load_converted(place: "_Place", fields: dict, dtype) -> tuple[LlavaForCondi
     model_class = pruned(LlavaForConditionalGeneration) if differ else LlavaForConditionalGeneration
     options = {"cache_dir": place.cache_dir, "trust_remote_code": False}
     try:
+        config = model_class.config_class.from_pretrained(place.name, **options)
+        _refuse_other_layer(place, config, "vision_feature_layer")
         model, report = model_class.from_pretrained(place.name, **options, dtype=dtype, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(place.name, **options)
+    except (UserError, MemoryError):
+        raise
     except Exception as error:
         raise UserError(f"{place.what}: cannot be loaded; it may be incomplete ({_reason(error)})") from error
     _refuse(place, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
@@ -282,8 +307,24 @@ def _reason(error: Exception) -> str:
 # --- configuration and weights ----------------------------------------------------------------------
 
 
+def _refuse_parts(place: _Place) -> None:
+    """What the original's training leaves without the language model: LoRA matrices, or a projector."""
+    whole = place.is_folder and any(place.file(name) for name in WEIGHT_FILES)
+    lora = place.file("adapter_config.json") or (place.is_folder and place.file("non_lora_trainables.bin"))
+    if lora and not whole:
+        raise UserError(
+            f"{place.what}: holds LoRA matrices and no whole model; merge them first into the model that they were "
+            "trained on (scripts/merge_lora_weights.py of the original code), and give the merged folder"
+        )
+    if place.is_folder and place.file("mm_projector.bin") and not whole:
+        raise UserError(
+            f"{place.what}: holds a projector (mm_projector.bin) and no whole model; give the folder of the LLaVA that "
+            "was trained with it"
+        )
+
+
 def _refuse_unsupported(place: _Place, fields: dict) -> None:
-    architectures = fields.get("architectures") or [ARCHITECTURE]
+    architectures = _architectures(fields) or [ARCHITECTURE]
     if ARCHITECTURE not in architectures:
         raise UserError(
             f"{place.what}: is a {architectures[0]}; of the original forms only {ARCHITECTURE} (v1.5) is read"
@@ -292,7 +333,20 @@ def _refuse_unsupported(place: _Place, fields: dict) -> None:
         if fields.get(field) not in values:
             known = " or ".join(str(value) for value in values if value is not None) or "none"
             raise UserError(
-                f"{place.what}: {field} '{fields.get(field)}' is not LLaVA v1.5's ({known}); it cannot be read"
+                f"{place.what}: {field} '{fields.get(field)}' is not LLaVA v1.5's ({known}); other versions, such as "
+                "v1.6, cannot be read"
+            )
+
+
+def _refuse_other_layer(place: _Place, config: LlavaConfig, field: str) -> None:
+    """The features may be those that enter the first layer, or leave any."""
+    n_layers = config.vision_config.num_hidden_layers
+    layers = config.vision_feature_layer
+    for layer in layers if isinstance(layers, list | tuple) else [layers]:
+        if not isinstance(layer, int) or not -n_layers - 1 <= layer <= n_layers:
+            raise UserError(
+                f"{place.what}: {field} {layer} is no layer of its vision tower, which has {n_layers}; correct it in "
+                "config.json"
             )
 
 
@@ -311,6 +365,8 @@ def _find_tower(place: _Place, fields: dict) -> _Place:
         raise UserError(
             f"{place.what}: its config.json names no mm_vision_tower; add the name of the CLIP it was made for"
         )
+    if not isinstance(tower, str):
+        raise UserError(f"{place.what}: mm_vision_tower {tower} is no name; correct it in config.json")
     what = f"{place.what}: its vision tower {tower}"
     for folder in (Path(place.name) / tower, Path(tower).expanduser()):
         if folder.is_dir():
@@ -404,7 +460,10 @@ def _config(fields: dict, vision: CLIPVisionConfig, tokenizer: PreTrainedTokeniz
 
 
 def _grown(weight: Tensor, rows: int) -> Tensor:
-    """`weight` `[tokens, d]` with rows added up to `rows`, each the mean of those before."""
+    """`weight` `[tokens, d]` with rows added up to `rows`, each the mean of those before.
+
+    In the head they take part in the softmax: losses lie about 1e-4 above those of the original without them.
+    """
     grown = torch.empty(rows, weight.shape[1], dtype=weight.dtype)  # [rows, d]
     grown[: len(weight)] = weight
     grown[len(weight) :] = weight.mean(0, dtype=torch.float32)
@@ -437,6 +496,15 @@ def _refuse(place: _Place, **differences: Sequence[str]) -> None:
 # --- processor --------------------------------------------------------------------------------------
 
 
+def conversation(question: str, answer: str = "", end: str = "") -> str:
+    """Return a question, with its images' marks, in v1.5's conversation; with an answer and what ends one, or up to it.
+
+    Source: the conversation `vicuna_v1` of the original, in which an empty turn has no space either.
+    """
+    asked = f"USER: {question} " if question else "USER:"
+    return f"{SYSTEM} {asked}" + (f"ASSISTANT: {answer}{end}" if answer else "ASSISTANT:")
+
+
 def _image_processor(settings: dict, image_size: int, pads: bool) -> LlavaImageProcessorPil:
     """CLIP's preprocessing, after padding to a square with the mean colour where `pads`. Source: Liu et al. 2023."""
     default = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
@@ -465,8 +533,14 @@ def _tokenizer(place: _Place, fields: dict) -> PreTrainedTokenizerFast:
     except Exception as error:
         raise UserError(f"{place.what}: {path.name} cannot be read ({_reason(error)}); fetch it again") from error
     special = {"bos_token": fields.get("bos_token_id", 1), "eos_token": fields.get("eos_token_id", 2)}
-    settings = place.file("tokenizer_config.json")
-    longest = _read_json(settings, place.what).get("model_max_length") if settings else None
+    if not all(isinstance(index, int) and 0 <= index < core.get_vocab_size() for index in special.values()):
+        raise UserError(f"{place.what}: bos_token_id or eos_token_id in its config.json is no token; correct it there")
+    path_of_settings = place.file("tokenizer_config.json")
+    settings = _read_json(path_of_settings, place.what) if path_of_settings else {}
+    longest = settings.get("model_max_length")
+    prefixed_once = settings.get("legacy") is False and _is_llamas(core)
+    if prefixed_once:
+        _prefix_once(core)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         **{role: core.id_to_token(index) for role, index in special.items()},
@@ -478,9 +552,30 @@ def _tokenizer(place: _Place, fields: dict) -> PreTrainedTokenizerFast:
         model_max_length=longest or fields.get("max_position_embeddings", 4096),
     )
     # In this order: the published conversion has the image at 32000 and padding at 32001.
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    image = AddedToken(IMAGE_TOKEN, special=True, normalized=prefixed_once)
+    tokenizer.add_tokens([image], special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
     return tokenizer
+
+
+def _is_llamas(core: Tokenizer) -> bool:
+    return isinstance(core.model, models.BPE) and core.model.byte_fallback
+
+
+def _prefix_once(core: Tokenizer) -> None:
+    """Put the space that begins a text nowhere else but behind images, as `legacy: false` of Llama's tokenizer means.
+
+    The original tokenises what stands between images one by one; behind other special tokens it adds no space. The
+    image's token has to be added as normalised, so that it is seen here.
+    """
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(rf"(?<={IMAGE_TOKEN})(?!{IMAGE_TOKEN})(?=[\s\S])"), "▁"),
+         normalizers.Replace(" ", "▁")]
+    )  # fmt: skip
+    # The first puts a space before the text, even before one that begins with a space; the second spells it.
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(" ", "first", split=False), pre_tokenizers.Metaspace("▁", "never", split=False)]
+    )
 
 
 def _read_sentencepiece(data: bytes) -> Tokenizer:

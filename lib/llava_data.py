@@ -12,12 +12,15 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from lib.errors import UserError
-from lib.llava import SYSTEM
+from lib.llava import conversation
+from lib.rows import SURROGATE
+from lib.text_files import read_text
 
 NAME = "llava"
 JSON_FILE = "blip_laion_cc_sbu_558k.json"
 IMAGE_FOLDER = "images"
 IGNORE = -100
+ANSWER_FOLLOWS = " ASSISTANT: "
 # What Pillow raises for a file that is missing, no image, cut off, or of a size that only an attack has.
 DAMAGED = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error,
@@ -60,7 +63,7 @@ def load_samples(
     json_path: str | Path, image_dir: str | Path, processor: LlavaProcessor, n: int, seed: int, seqlen: int,
     rows: list[dict] | None = None,
 ) -> tuple[list[dict[str, Tensor]], int]:
-    """`n` captioned images, and how many rows were skipped because their image is missing or damaged.
+    """`n` captioned images, and how many rows were skipped: their image is missing or damaged, or nothing is trained.
 
     A sample holds `input_ids` `[tokens]`, `labels` `[tokens]` (-100 but on the caption and the token that ends it; not
     yet shifted) and `pixel_values` `[3, height, width]`. The end of a caption beyond `seqlen` tokens is cut off. The
@@ -74,8 +77,9 @@ def load_samples(
         if len(samples) == n:
             break
         human, caption = (turn["value"] for turn in rows[index]["conversations"][:2])
-        image = open_image(Path(image_dir) / rows[index]["image"])
-        if image is None or not caption.strip():
+        trained = is_trained(processor, human, caption)
+        image = open_image(Path(image_dir) / rows[index]["image"]) if trained else None
+        if image is None:
             skipped += 1
         else:
             samples.append(make_sample(processor, image, human, caption, seqlen))
@@ -94,7 +98,7 @@ def load_samples(
 def read_rows(path: str | Path) -> list[dict]:
     """The rows that have an image. Raises UserError that names the first row of another form than LLaVA-Pretrain's."""
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"--dataset {path}: cannot be read as JSON ({type(error).__name__}); expected {EXPECTED}"
@@ -139,10 +143,7 @@ def make_sample(
     the original does. Raises UserError when `seqlen` leaves no token of the caption.
     """
     mark = processor.image_token
-    question = human.replace(mark, "").strip()
-    turn = f"{mark}\n{question}".strip()
-    prompt = f"{SYSTEM} USER: {turn} ASSISTANT:"
-    text = f"{prompt} {caption.replace(mark, '').strip()}{processor.tokenizer.eos_token}"
+    prompt, text = _texts(processor, human, caption)
     inputs = processor(images=image, text=text, return_tensors="pt")
     ids = inputs["input_ids"][0]  # [tokens]
     n_image = int((ids == processor.image_token_id).sum())
@@ -156,6 +157,28 @@ def make_sample(
     labels = ids.clone()
     labels[:start] = IGNORE
     return {"input_ids": ids[:seqlen], "labels": labels[:seqlen], "pixel_values": inputs["pixel_values"][0]}
+
+
+def _texts(processor: LlavaProcessor, human: str, caption: str) -> tuple[str, str]:
+    """The prompt, and the prompt with the caption. What stands around a caption belongs to it, as in the original."""
+    mark = processor.image_token
+    turn = f"{mark}\n{human.replace(mark, '').strip()}".strip()
+    # The original would give a caption with a mark a second image, which no row has.
+    answer = caption.replace(mark, "").strip() if mark in caption else caption
+    return conversation(turn), conversation(turn, answer, processor.tokenizer.eos_token)
+
+
+def is_trained(processor: LlavaProcessor, human: str, caption: str) -> bool:
+    """Whether a row has a caption that the original trains on.
+
+    The original splits what it has put together at the closing token and at " ASSISTANT: "; a row with another number
+    of parts, or with its padding token among the words, is masked as a whole. Half of a surrogate pair is no text.
+    """
+    if not caption.strip() or SURROGATE.search(human + caption):
+        return False
+    tokenizer, (_, text) = processor.tokenizer, _texts(processor, human, caption)
+    once = text.count(tokenizer.eos_token) == text.count(ANSWER_FOLLOWS) == 1
+    return once and not (tokenizer.unk_token and tokenizer.unk_token in text)
 
 
 def _common_prefix(a: Tensor, b: Tensor) -> int:

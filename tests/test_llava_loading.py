@@ -26,7 +26,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from lib import llava, llava_data
+from lib import builder, llava, llava_data
 from lib.errors import UserError
 
 HIDDEN, SIDE, PATCH, VOCABULARY = 32, 28, 14, 320
@@ -499,10 +499,81 @@ def test_a_tower_that_is_no_clip_is_refused(reference, tmp_path):
         ("architectures", ["LlavaMistralForCausalLM"]),
     ],
 )
-def test_other_llavas_are_refused_by_what_is_different(name, value, checkpoint, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL_CONFIG | {name: value}))
-    said = error_of(lambda: llava.load(str(tmp_path), "unused"))
-    assert str(value[0] if isinstance(value, list) else value) in said and "v1.5" in said
+@pytest.mark.parametrize("kind", ["llava", "llava_llama"])
+def test_other_llavas_are_refused_by_what_is_different(kind, name, value, checkpoint, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL_CONFIG | {"model_type": kind, name: value}))
+    for action in (lambda: llava.load(str(tmp_path), "unused"), builder.find_source(str(tmp_path), "unused").config):
+        said = error_of(action)
+        assert str(value[0] if isinstance(value, list) else value) in said and "v1.5" in said
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("llava", {}), ("llava_llama", {}), ("llava_llama", {"architectures": None, "mm_vision_tower": TOWER_NAME}),
+])  # fmt: skip
+def test_the_raw_configuration_says_what_a_folder_is_before_transformers_does(kind, more, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(ORIGINAL_CONFIG | {"model_type": kind} | more))
+    config = builder.find_source(str(tmp_path), "unused").config()
+    assert llava.is_llava(config)
+    builder.refuse_unsupported("it", config, sees=True)
+    assert "structured_afr_llava" in error_of(lambda: builder.refuse_unsupported("it", config, sees=False))
+
+
+@pytest.mark.parametrize("model_type, architecture", [
+    ("llava_mistral", "LlavaMistralForCausalLM"), ("llava_mpt", "LlavaMptForCausalLM"),
+    ("llava_qwen", "LlavaQwenForCausalLM"),
+])  # fmt: skip
+@pytest.mark.parametrize("named", [{}, {"mm_vision_tower": None}])
+def test_llavas_on_other_language_models_are_refused_by_their_class(model_type, architecture, named, tmp_path):
+    fields = ORIGINAL_CONFIG | {"model_type": model_type, "architectures": [architecture]} | named
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert f"is a {architecture}" in error_of(builder.find_source(str(tmp_path), "unused").config)
+
+
+@pytest.mark.parametrize("files, said", [
+    (["adapter_config.json", "adapter_model.bin", "non_lora_trainables.bin"], "merge"),
+    (["adapter_config.json", "adapter_model.safetensors"], "merge"),
+    (["non_lora_trainables.bin"], "merge"),
+    (["mm_projector.bin"], "holds a projector"),
+])  # fmt: skip
+def test_parts_of_a_llava_are_named_as_such(files, said, tmp_path):
+    # As the original's training saves them: the class is still the language model's.
+    fields = ORIGINAL_CONFIG | {"model_type": "llava_llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    for action in (lambda: llava.load(str(tmp_path), "unused"), builder.find_source(str(tmp_path), "unused").config):
+        assert said in error_of(action) and "no whole model" in error_of(action)
+
+
+def test_a_whole_checkpoint_with_a_part_beside_it_loads(checkpoint, reference, tmp_path):
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    for name in ("mm_projector.bin", "non_lora_trainables.bin"):
+        (folder / name).write_text("left over from training")
+    compare(llava.load(str(folder), "unused", torch.float32)[0], reference)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("mm_vision_tower", 5), ("mm_vision_tower", ["clip"]), ("mm_vision_select_layer", 99),
+    ("mm_vision_select_layer", -5), ("mm_vision_select_layer", "last"), ("mm_vision_select_layer", None),
+    ("mm_projector_type", ["mlp2x_gelu"]), ("bos_token_id", "a"), ("eos_token_id", 10**6), ("vocab_size", "many"),
+    ("rope_scaling", 7), ("num_attention_heads", 0), ("hidden_size", -3), ("max_position_embeddings", "x"),
+])  # fmt: skip
+def test_a_value_of_a_wrong_kind_is_one_line(name, value, checkpoint, tmp_path):
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: value}))
+    assert name in error_of(lambda: llava.load(str(folder), "unused")) or "config.json" in error_of(
+        lambda: llava.load(str(folder), "unused")
+    )
+
+
+def test_a_layer_that_a_conversions_tower_has_not_is_one_line(loaded, tmp_path):
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for layer in (99, -5, [-2, 99]):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": layer}))
+        assert "vision_feature_layer" in error_of(lambda: llava.load(str(tmp_path), "unused"))
 
 
 def test_text_models_and_folders_without_a_model_are_refused(reference, tmp_path):
@@ -599,12 +670,42 @@ ORDER = [text for text, _, _ in pieces()]
         ("USER: <image>", ["▁", "U", "S", "E", "R", ":", "▁", "<image>"]),
         (" the", ["▁", "▁the"]),
         ("é", ["▁", "<0xC3>", "<0xA9>"]),
+        ("<image>", ["<image>"]),
+        ("<image><image> the", ["<image>", "<image>", "▁", "▁the"]),
+        ("<image> <image>\ncat", ["<image>", "▁▁", "<image>", "▁", "<0x0A>", "c", "at"]),
+        # No other special token adds a space, and none of them is followed by one.
+        ("at</s>the", ["▁a", "t", "</s>", "t", "he"]),
+        ("at</s> the", ["▁a", "t", "</s>", "▁the"]),
+        ("</s>the", ["</s>", "t", "he"]),
+        ("<image></s>the", ["<image>", "</s>", "t", "he"]),
+        ("<image>the</s>cat", ["<image>", "▁the", "</s>", "c", "at"]),
     ],
 )
-def test_a_sentencepiece_model_is_read_without_its_package(text, wanted, loaded):
-    ids = loaded.processor.tokenizer(text)["input_ids"]
-    assert ids == [1, *(IMAGE_ID if piece == "<image>" else ORDER.index(piece) for piece in wanted)]
-    assert loaded.processor.tokenizer.decode(ids[1:]).replace("<image> ", "<image>") == text
+def test_a_sentencepiece_model_is_read_without_its_package(text, wanted, loaded, reloaded):
+    for tokenizer in (loaded.processor.tokenizer, reloaded.tokenizer):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == [1, *(IMAGE_ID if piece == "<image>" else ORDER.index(piece) for piece in wanted)]
+        assert tokenizer.decode(ids[1:]).replace("<image> ", "<image>") == text
+
+
+@pytest.fixture(scope="module")
+def reloaded(loaded, tmp_path_factory):
+    """The processor as others load it, after it was saved."""
+    folder = tmp_path_factory.mktemp("processor")
+    loaded.model.config.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("legacy", [True, None])
+def test_a_tokenizer_made_the_older_way_puts_a_space_behind_every_special_token(legacy, checkpoint, tmp_path):
+    folder = copy_of(checkpoint, tmp_path / "copy")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": legacy}))
+    tokenizer = llava.load(str(folder), "unused")[1].tokenizer
+    found = tokenizer("at</s>the<image>\ncat")["input_ids"]
+    wanted = ["▁a", "t", "</s>", "▁the", "<image>", "▁", "<0x0A>", "c", "at"]
+    assert found == [1, *(IMAGE_ID if piece == "<image>" else ORDER.index(piece) for piece in wanted)]
 
 
 def test_a_tokenizer_json_is_read_as_it_stands(checkpoint, loaded, tmp_path):
@@ -686,6 +787,101 @@ def test_a_checkpoint_made_without_padding_crops(checkpoint, tmp_path):
     processor = llava.load(str(folder), "unused")[1]
     found = processor(images=picture(56, 28), text="<image>", return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(found, by_hand(picture(56, 28), pad=False), rtol=0, atol=1e-5)
+
+
+# --- beside the original's own tokens and labels ----------------------------------------------------
+
+BYTES = {bytes([byte]): f"<0x{byte:02X}>" for byte in range(256)}
+SCORES = {text: score for text, score, _ in pieces()}
+SPECIAL = re.compile("(<s>|</s>|<unk>)")
+
+
+def sentencepieces(text: str) -> list[str]:
+    """SentencePiece's BPE by hand: of all neighbours the best piece is merged, the first one among equals."""
+    parts = list(text.replace(" ", "▁"))
+    while pairs := [(-SCORES[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in SCORES]:
+        at = min(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return [unit for part in parts for unit in ([part] if part in SCORES else [BYTES[bytes([b])] for b in part.encode()])]
+
+
+def own_tokens(chunk: str) -> list[int]:
+    """Llama's slow tokenizer with `legacy: false`: one space before a text that begins with no special token."""
+    found = []
+    for place, part in enumerate(SPECIAL.split(chunk)):
+        found += [part] if place % 2 else sentencepieces(f"▁{part}" if part and place == 0 else part)
+    return [1, *map(ORDER.index, found)]
+
+
+def own_image_tokens(prompt: str) -> list[int]:
+    """The original's tokens of a prompt: each piece between images is tokenised as a text; an image is -200."""
+    chunks = [own_tokens(chunk) for chunk in prompt.split("<image>")]
+    return chunks[0] + [index for chunk in chunks[1:] for index in (-200, *chunk[1:])]
+
+
+def own_labels(prompt: str) -> list[int]:
+    """The original's labels of a conversation of one exchange, -100 where nothing is trained."""
+    ids, labels = own_image_tokens(prompt), own_image_tokens(prompt)
+    at, total = 1, sum(index != 0 for index in ids)  # it pads with <unk>, 0
+    labels[0] = -100
+    for exchange in prompt.split("</s>"):
+        parts = exchange.split(" ASSISTANT: ")
+        if exchange == "" or len(parts) != 2:
+            break
+        asked = len(own_image_tokens(f"{parts[0]} ASSISTANT: ")) - 2
+        labels[at : at + asked] = [-100] * asked
+        at += len(own_image_tokens(exchange))
+    labels[at:] = [-100] * (len(labels) - at)
+    return labels if at == total else [-100] * len(labels)
+
+
+def expanded(values: list[int], ids: list[int], image: int) -> list[int]:
+    """Values of tokens, with one of an image's mark as many times as it has patches."""
+    return [v for value, i in zip(values, ids) for v in ([image] * N_IMAGE if i == -200 else [value])]
+
+
+ASKED = ["<image>", "<image>\nwhat is this?", "what is this?\n<image>", "  <image> what is it?  "]
+ANSWERED = [
+    "the cat", " the cat", "  the cat ", "the cat\n", "\nthe cat", "the cat sat.  ", "été à la mer", "a ASSISTANT: b",
+    "the</s>cat", "</s>", "the cat</s>", "<s>the cat", "the <unk> cat", "ASSISTANT: the cat", "the cat ASSISTANT:",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("human", [*ASKED, "<image>\nwhat</s> is it?", "<image> ASSISTANT: what?"])
+@pytest.mark.parametrize("answered", ANSWERED)
+def test_a_row_has_the_originals_tokens_and_labels_or_is_passed_over(human, answered, loaded, reloaded):
+    turn = human.replace("<image>", "").strip()
+    prompt = f"{SYSTEM} USER: " + f"<image>\n{turn}".strip() + f" ASSISTANT: {answered}</s>"
+    ids, labels = own_image_tokens(prompt), own_labels(prompt)
+    for processor in (loaded.processor, reloaded):
+        assert llava_data.is_trained(processor, human, answered) == any(label != -100 for label in labels)
+        sample = llava_data.make_sample(processor, picture(), human, answered, 4096)
+        assert sample["input_ids"].tolist() == expanded(ids, ids, IMAGE_ID)
+        if any(label != -100 for label in labels):
+            assert sample["labels"].tolist() == expanded(labels, ids, -100)
+
+
+def test_rows_that_the_original_masks_and_half_surrogate_pairs_are_counted_as_skipped(loaded, tmp_path):
+    write_data(tmp_path, 8)
+    rows = read_rows(tmp_path)
+    for row, words_ in zip(rows, ["a</s>b", "an ASSISTANT: b", "cut off \ud83d", "<unk>"], strict=False):
+        row["conversations"][1]["value"] = words_
+    rows[4]["conversations"][0]["value"] = "<image>\n\udc00"
+    rows[5]["image"] = "\ud83d.jpg"
+    write_rows(tmp_path, rows)
+    assert {caption(s, loaded.processor)[-5] for s in draw(tmp_path, loaded.processor, 2)[0]} == {"6", "7"}
+    assert "6 of 8 are unusable" in error_of(lambda: draw(tmp_path, loaded.processor, 3))
+
+
+def test_a_json_with_a_byte_order_mark_or_an_upper_case_suffix_is_read(tmp_path, monkeypatch):
+    write_data(tmp_path, 2)
+    path = tmp_path / "llava" / "OWN.JSON"
+    path.write_bytes(b"\xef\xbb\xbf" + (tmp_path / "llava" / "blip_laion_cc_sbu_558k.json").read_bytes())
+    assert len(llava_data.read_rows(path)) == 2 and llava_data.is_captioned(str(path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert llava_data.locate("~/llava/OWN.JSON", "~/llava/images", "x") == (path, tmp_path / "llava" / "images")
+    assert llava_data.locate("llava", None, "~")[1] == tmp_path / "llava" / "images"
+    assert "missing" in error_of(lambda: llava_data.locate("x" * 300 + ".json", None, "x"))
 
 
 # --- calibration samples ----------------------------------------------------------------------------

@@ -18,8 +18,12 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image
 from tenacity import Future, RetryError
 from test_llava_loading import (  # noqa: F401  fixtures
+    IMAGE_ID,
+    N_IMAGE,
     SYSTEM,
     TOWER_NAME,
+    expanded,
+    own_image_tokens,
     picture,
     reference,
     write_checkpoint,
@@ -124,7 +128,7 @@ def written_answers(model, processor, question: str, image) -> str:
             logits = model(**inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0, -1]
         new.append(int(logits.argmax()))
         ids = torch.cat([ids, torch.tensor([[new[-1]]])], dim=1)
-    return processor.tokenizer.decode(new, skip_special_tokens=True).strip()
+    return processor.tokenizer.decode(new, skip_special_tokens=True)
 
 
 # --- answers ----------------------------------------------------------------------------------------
@@ -185,25 +189,90 @@ def model(pruned):
     return PrunedLlava(pruned=pruned["widths"], dtype="float32")
 
 
-def test_a_likelihood_is_the_mean_loss_of_the_answer(model):
-    model.task_dict = {"task": {"test": [{"images": [picture()]}, {"images": []}]}}
-    asked = [("is it a cat?", " yes"), ("is it a hat?", lambda doc: f"no {len(doc['images'])}")]
+def requests_of(kind: str, asked: list[tuple], shown: list[list]) -> tuple[dict, list[Instance]]:
+    """Requests about the images `shown` with each, and the documents they are about."""
+    documents = [{"images": images} for images in shown]
     requests = [
-        Instance("loglikelihood", (text, target, lambda doc: doc["images"], number, "task", "test"), 0,
+        Instance(kind, (text, more, lambda doc: doc["images"], number, "task", "test"), 0,
                  {"task": "task", "doc_id": number, "repeats": 1})
-        for number, (text, target) in enumerate(asked)
+        for number, (text, more) in enumerate(asked)
     ]  # fmt: skip
-    found = model.loglikelihood(requests)
-    wanted = [("<image>\nis it a cat?", "yes", picture()), ("is it a hat?", "no 0", None)]
-    for (loss, greedy), (question, answer, image) in zip(found, wanted, strict=True):
-        prompt = f"{SYSTEM} USER: {question} ASSISTANT:"
-        before = model.processor(text=prompt, images=image, return_tensors="pt")["input_ids"].shape[1]
-        inputs = model.processor(text=f"{prompt} {answer}</s>", images=image, return_tensors="pt")
-        with torch.no_grad():
-            scores = model.model(**inputs).logits[0].log_softmax(-1)
-        ids = inputs["input_ids"][0]
-        parts = [-float(scores[place - 1, ids[place]]) for place in range(before, len(ids))]
-        assert loss == pytest.approx(sum(parts) / len(parts), rel=1e-4) and greedy is False
+    return {"task": {"test": documents}}, requests
+
+
+def own_logits(model, prompt: str, images: list) -> tuple[list[int], torch.Tensor]:
+    """The original's tokens of a prompt (an image is -200), and the logits that predict the one after each."""
+    ids = own_image_tokens(prompt)
+    inputs = {"input_ids": torch.tensor([expanded(ids, ids, IMAGE_ID)])}
+    if images:
+        inputs["pixel_values"] = model.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model.model(**inputs).logits[0]
+    last_places = torch.tensor([N_IMAGE if index == -200 else 1 for index in ids]).cumsum(0) - 1
+    return ids, logits[last_places]
+
+
+def own_loss(model, question: str, images: list, continuation: str) -> float:
+    """What lmms-eval's own LLaVA returns for a choice: all tokens behind those of the prompt, as many as there are."""
+    before = f"{SYSTEM} USER: {question} ASSISTANT:"
+    ids, logits = own_logits(model, f"{before} {continuation}</s>", images)
+    start = len(own_image_tokens(before))
+    parts = [-float(logits[place - 1].log_softmax(-1)[ids[place]]) for place in range(start, len(ids))]
+    return sum(parts) / len(parts)
+
+
+CHOSEN = [
+    ("is it a cat?", " yes", "<image>\nis it a cat?"),
+    ("is it a cat?", "yes", "<image>\nis it a cat?"),
+    ("is it a cat?\n", "  yes\n", "<image>\nis it a cat?\n"),
+    (" is it\n<image> this?", " a</s>b", " is it\n<image> this?"),
+    ("a</s>cat?", lambda doc: f" no {len(doc['images'])}", "<image>\na</s>cat?"),
+]
+
+
+def test_a_likelihood_is_the_one_of_lmms_evals_own_llava(model):
+    asked = [(text, target) for text, target, _ in CHOSEN]
+    model.task_dict, requests = requests_of("loglikelihood", asked, [[picture()]] * len(asked))
+    for (loss, greedy), (_, target, question) in zip(model.loglikelihood(requests), CHOSEN, strict=True):
+        continuation = " no 1" if callable(target) else target
+        wanted = own_loss(model, question, [picture()], continuation)
+        assert loss == pytest.approx(wanted, rel=1e-4) and greedy is False
+    losses = [own_loss(model, CHOSEN[0][2], [picture()], word) for word in (" yes", "yes")]
+    assert abs(losses[0] - losses[1]) > 0.01  # the space before a choice tells
+
+
+def test_a_likelihood_without_an_image_or_with_several_is_the_one_of_lmms_evals_own_llava(model):
+    shown = [[], [picture(), picture(seed=2)], [picture(), picture(seed=2)]]
+    asked = [("what?", " a cat"), ("which?", " a cat"), ("is <image> it?", " a cat")]
+    model.task_dict, requests = requests_of("loglikelihood", asked, shown)
+    wanted = [
+        own_loss(model, "what?", [], " a cat"),
+        own_loss(model, "<image> <image>\nwhich?", shown[1], " a cat"),
+        own_loss(model, "is <image> it?", shown[2][:1], " a cat"),  # one mark, so the second image is not looked at
+    ]
+    assert [loss for loss, _ in model.loglikelihood(requests)] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("question", ["what is it?", "what is it?\n", " what", "a</s>cat <image> sat"])
+def test_an_answer_is_the_one_of_lmms_evals_own_llava_whole_and_as_it_is(question, model):
+    shown = [picture()]
+    marked = question if "<image>" in question else f"<image>\n{question}"
+    prompt, new = f"{SYSTEM} USER: {marked} ASSISTANT:", []
+    while len(new) < 5 and (not new or new[-1] != 2):
+        ids, logits = own_logits(model, prompt, shown) if not new else own_continued(model, prompt, shown, new)
+        new.append(int(logits[-1].argmax()))
+    wanted = model.tokenizer.decode(new, skip_special_tokens=True)
+    model.task_dict, requests = requests_of("generate_until", [(question, {"max_new_tokens": 5, "until": "\n\n"})], [shown])
+    assert model.generate_until(requests) == [wanted]
+
+
+def own_continued(model, prompt: str, images: list, new: list[int]) -> tuple[list[int], torch.Tensor]:
+    """The logits behind a prompt and the tokens that were generated after it."""
+    ids = own_image_tokens(prompt) + new
+    inputs = {"input_ids": torch.tensor([expanded(ids, ids, IMAGE_ID)])}
+    inputs["pixel_values"] = model.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return ids, model.model(**inputs).logits[0]
 
 
 def test_several_rounds_are_refused(model):
@@ -219,34 +288,60 @@ def test_several_rounds_are_refused(model):
 @pytest.mark.parametrize("text, n_images, wanted", [
     ("what?", 1, "<image>\nwhat?"),
     ("what?", 0, "what?"),
-    ("which?", 2, "<image>\n<image>\nwhich?"),
+    (" what?\n", 1, "<image>\n what?\n"),
+    ("which?", 2, "<image> <image>\nwhich?"),
     ("is <image> like <image> ?", 2, "is <image> like <image> ?"),
-    ("is <image> it?", 2, "<image>\n<image>\nis  it?"),
+    # More marks than images, where lmms-eval's own fails.
     ("say <image>", 0, "say"),
+    ("is <image> like <image> ?", 1, "<image>\nis  like  ?"),
 ])  # fmt: skip
-def test_prompts_are_those_of_llava(text, n_images, wanted, model):
+def test_prompts_are_those_of_lmms_evals_own_llava(text, n_images, wanted, model):
     assert llava.prompt(model.processor, text, n_images) == f"{SYSTEM} USER: {wanted} ASSISTANT:"
+    asked = f"{SYSTEM} USER: {wanted} ASSISTANT:  yes</s>"
+    assert llava.prompt(model.processor, text, n_images, " yes") == asked
+
+
+def test_an_empty_question_and_an_empty_choice_have_no_spaces(model):
+    assert llava.prompt(model.processor, "", 0) == llava.prompt(model.processor, "", 0, "") == (
+        f"{SYSTEM} USER:ASSISTANT:"
+    )
+
+
+# As published: llava-hf/llava-1.5-7b-hf leaves the system prompt out, other models write other words.
+PUBLISHED = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+OTHER = "{% for message in messages %}[{{ message['content'][0]['text'] }}]{% endfor %}"
+
+
+@pytest.mark.parametrize("template, wanted", [
+    (None, f"{SYSTEM} USER: <image>\nwhat? ASSISTANT:  yes</s>"),
+    (PUBLISHED, f"{SYSTEM} USER: <image>\nwhat? ASSISTANT:  yes</s>"),
+    (OTHER, "[<image>\nwhat?] yes</s>"),
+])  # fmt: skip
+def test_a_conversion_is_asked_as_the_original_unless_it_is_another_model(template, wanted, model, monkeypatch):
+    monkeypatch.setattr(model.processor, "chat_template", template)
+    assert llava.prompt(model.processor, "what?", 1, " yes") == wanted
 
 
 GREEDY = {"max_new_tokens": 1024, "num_beams": 1, "do_sample": False}
 
 
-@pytest.mark.parametrize("given, wanted, until", [
-    ({}, GREEDY, []),
-    ({"temperature": 0, "image_aspect_ratio": "original", "until": "\n\n"}, GREEDY, ["\n\n"]),
-    ({"temperature": 0.0, "top_p": None, "top_k": 5, "do_sample": True, "until": ["a", "b"]}, GREEDY, ["a", "b"]),
-    ({"do_sample": False, "temperature": 0.7, "max_new_tokens": 16}, GREEDY | {"max_new_tokens": 16}, []),
-    ({"temperature": 0.7, "top_p": 0.9}, GREEDY | {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, []),
-    ({"num_beams": 3, "visual_cot": True}, GREEDY | {"num_beams": 3}, []),
+@pytest.mark.parametrize("given, wanted", [
+    ({}, GREEDY),
+    ({"temperature": 0, "image_aspect_ratio": "original", "until": "\n\n"}, GREEDY),
+    ({"temperature": 0.0, "top_p": None, "top_k": 5, "do_sample": True, "until": ["a", "b"]}, GREEDY),
+    # Its own draws at random exactly where the temperature is above 0, whatever the task says beside it.
+    ({"do_sample": False, "temperature": 0.7}, GREEDY | {"do_sample": True, "temperature": 0.7}),
+    ({"temperature": 0.7, "top_p": 0.9}, GREEDY | {"do_sample": True, "temperature": 0.7, "top_p": 0.9}),
+    ({"num_beams": 3, "visual_cot": True, "repetition_penalty": 1.2}, GREEDY | {"num_beams": 3}),
 ])  # fmt: skip
-def test_generation_arguments_are_those_that_generate_takes(given, wanted, until, model):
-    assert llava.generation_settings(given) == (wanted, until)
+def test_generation_arguments_are_those_that_lmms_evals_own_llava_takes(given, wanted, model):
+    assert llava.generation_settings(given) == wanted
     assert len(model._answer(["is it?"], [[picture()]], given | {"max_new_tokens": 2})) == 1
-
-
-def test_an_answer_ends_where_the_task_says():
-    assert llava.cut(" a cat\n\nUSER: and", ["USER", "\n\n", ""]) == "a cat"
-    assert llava.cut("a cat", []) == "a cat"
 
 
 def test_images_are_taken_in_any_mode():

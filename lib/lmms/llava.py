@@ -12,18 +12,20 @@ from lmms_eval.utils import Collator
 from loguru import logger
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
 
 from lib import llava
 from lib.checkpoint import check_folder, load_bin, load_folder
 from lib.devices import checked_dtype, placement, spread_over_gpus
 from lib.errors import UserError
 
-# lmms-eval's own for its models of this kind.
-DEFAULTS = {"max_new_tokens": 1024, "num_beams": 1, "temperature": 0}
-SAMPLING = ("temperature", "top_p", "top_k")
-# Read from the checkpoint by LLaVA v1.5, whatever a task asks for: its images are padded to a square.
-SETTLED = {"image_aspect_ratio"}
+# What lmms-eval's own LLaVA takes of a task's generation arguments, and what it takes where a task says nothing.
+DEFAULTS = {"max_new_tokens": 1024, "num_beams": 1, "temperature": 0, "top_p": None}
+# Without effect there too, as every task has one or many do: an answer ends with its closing token, it is drawn at
+# random exactly at a temperature above 0, and images are padded to a square as the checkpoint says.
+SETTLED = {"until", "do_sample", "image_aspect_ratio"}
+# An empty question, and how a template of v1.5's, such as the published conversion's, writes it.
+PROBE, AS_V1_5 = "what?", "USER: what? ASSISTANT:"
 
 
 # --- loading ----------------------------------------------------------------------------------------
@@ -70,47 +72,52 @@ def _no_llava(what: str, kind: str) -> UserError:
 # --- prompts, generation arguments ------------------------------------------------------------------
 
 
-def prompt(processor: ProcessorMixin, text: str, n_images: int) -> str:
-    """The question `text` about `n_images` images in the processor's chat template, up to the answer.
+def prompt(processor: ProcessorMixin, text: str, n_images: int, answer: str = "") -> str:
+    """The question `text` about `n_images` images, up to the answer, or with it and the token that closes it.
 
-    Images stand before the question, unless it has a mark for each of them where they belong.
+    As lmms-eval's own LLaVA writes it: images stand before a question without a mark, one line for all. What stands at
+    the edges of question and answer stays. A processor with another model's chat template writes in that one.
     """
     mark = processor.image_token
-    parts = [{"type": "text", "text": text}]
-    if text.count(mark) != n_images:
-        parts = [{"type": "image"}] * n_images + [{"type": "text", "text": text.replace(mark, "").strip()}]
-    template = processor.chat_template or llava.CHAT_TEMPLATE
-    messages = [{"role": "user", "content": parts}]
-    return processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+    if text.count(mark) > n_images:  # more marks than there are images to put there: its own fails
+        text = text.replace(mark, "").strip()
+    if n_images and mark not in text:
+        text = " ".join([mark] * n_images) + f"\n{text}"
+    if _as_v1_5(processor):
+        return llava.conversation(text, answer, processor.tokenizer.eos_token)
+    asked = _templated(processor, text)
+    return f"{asked}{answer}{processor.tokenizer.eos_token}" if answer else asked
 
 
-def generation_settings(arguments: dict) -> tuple[dict, list[str]]:
-    """A task's generation arguments -> those of `generate`, and the strings that end an answer.
+def _as_v1_5(processor: ProcessorMixin) -> bool:
+    """Whether questions are put as to v1.5, whose system prompt the published conversion's template leaves out."""
+    return not processor.chat_template or _templated(processor, PROBE).strip().endswith(AS_V1_5)
 
-    Answers are drawn at random only at a temperature above 0. Arguments that `generate` does not know are left out.
-    """
-    settings = DEFAULTS | {name: value for name, value in arguments.items() if value is not None}
-    until = settings.pop("until", [])
-    settings["do_sample"] = bool(settings.get("do_sample", True) and settings["temperature"] > 0)
-    for name in list(settings):
-        known = hasattr(GenerationConfig(), name)
-        if not known and name not in SETTLED:
-            _warn_unknown(name)
-        if not known or (name in SAMPLING and not settings["do_sample"]):
-            del settings[name]
-    return settings, [until] if isinstance(until, str) else list(until)
+
+def _templated(processor: ProcessorMixin, text: str) -> str:
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def used_images(text: str, mark: str, images: list[Image.Image]) -> list[Image.Image]:
+    """The images that a question's marks take, the first ones; all where it has no marks or more than images."""
+    return images[: text.count(mark)] if 0 < text.count(mark) <= len(images) else images
+
+
+def generation_settings(arguments: dict) -> dict:
+    """A task's generation arguments -> those of `generate`: the four that lmms-eval's own LLaVA takes."""
+    for name in arguments.keys() - DEFAULTS.keys() - SETTLED:
+        _warn_unknown(name)
+    given = {name: arguments[name] for name in DEFAULTS if arguments.get(name) is not None}
+    settings = DEFAULTS | given
+    settings["do_sample"] = settings["temperature"] > 0
+    sampling = () if settings["do_sample"] else ("temperature", "top_p")
+    return {name: value for name, value in settings.items() if value is not None and name not in sampling}
 
 
 @functools.cache
 def _warn_unknown(name: str) -> None:
-    logger.warning(f"llava: the generation argument {name} has no effect")
-
-
-def cut(text: str, until: Sequence[str]) -> str:
-    """`text` up to the first of the strings `until`."""
-    for end in filter(None, until):
-        text = text.split(end)[0]
-    return text.strip()
+    logger.warning(f"llava: the generation argument {name} has no effect, nor has it on lmms-eval's own LLaVA")
 
 
 def images_of(visuals: Sequence | None) -> list[Image.Image]:
@@ -170,7 +177,7 @@ class PrunedLlava(lmms):
             sys.exit(2)
 
     def generate_until(self, requests) -> list[str]:
-        """The answers to `requests`, greedy unless a task asks for a temperature."""
+        """The answers to `requests`, whole, greedy unless a task asks for a temperature."""
         # Longest first, so that memory runs out at once or not at all; one batch has the same generation arguments.
         order = Collator([request.args for request in requests], lambda args: (-len(args[0]), args[0]), grouping=True)
         answers = []
@@ -188,7 +195,9 @@ class PrunedLlava(lmms):
         """For each request: how unlikely the answer is, and whether greedy decoding gives it.
 
         The number is the mean over the answer's tokens, its closing one included, of the negative log-likelihood in
-        nats: lmms-eval takes the answer with the lowest, as its own LLaVA returns it.
+        nats: lmms-eval takes the answer with the lowest, as its own LLaVA returns it. The answer stands as it is given,
+        mostly with a space of its own behind the prompt's. The rows that were added to the vocabulary make the number
+        about 1e-4 larger than the original's, for all answers alike.
         """
         found = []
         for text, target, *where in tqdm([request.args for request in requests], disable=self._quiet()):
@@ -215,19 +224,20 @@ class PrunedLlava(lmms):
     @torch.inference_mode()
     def _answer(self, texts: list[str], images: list[list[Image.Image]], arguments: dict) -> list[str]:
         """The answers to a batch of questions, each with its images."""
-        settings, until = generation_settings(arguments)
+        settings, mark = generation_settings(arguments), self.processor.image_token
+        images = [used_images(text, mark, its) for text, its in zip(texts, images, strict=True)]
         prompts = [prompt(self.processor, text, len(its)) for text, its in zip(texts, images, strict=True)]
         inputs = self._inputs(prompts, [image for its in images for image in its])
         ids = self.model.generate(**inputs, **settings, pad_token_id=self.tokenizer.pad_token_id)
         new = ids[:, inputs["input_ids"].shape[1] :]  # [batch, new tokens]
-        return [cut(text, until) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
     @torch.inference_mode()
     def _score(self, text: str, images: list[Image.Image], answer: str) -> tuple[float, bool]:
         """See `loglikelihood`."""
-        question = prompt(self.processor, text, len(images))
-        inputs = self._inputs([f"{question.rstrip()} {answer.strip()}{self.tokenizer.eos_token}"], images)
-        start = self._inputs([question.rstrip()], images)["input_ids"].shape[1]
+        images = used_images(text, self.processor.image_token, images)
+        inputs = self._inputs([prompt(self.processor, text, len(images), answer)], images)
+        start = self._inputs([prompt(self.processor, text, len(images))], images)["input_ids"].shape[1]
         targets = inputs["input_ids"][0, start:]  # [answer]
         logits = self.model(**inputs).logits[0, start - 1 : -1].float()  # [answer, vocabulary]
         loss = torch.nn.functional.cross_entropy(logits, targets.to(logits.device))
