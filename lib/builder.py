@@ -16,12 +16,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     ProcessorMixin,
 )
 
-from lib import llava, modeling_pruned, parallel
+from lib import gguf_file, llava, modeling_pruned, parallel
 from lib.errors import UserError
+from lib.gguf_file import GgufFile
 from lib.memory import GIB
 from lib.mlp import Layer, find_layers, forget_widths, only_towers
 from lib.offload import Placement, Resources, cast
@@ -37,15 +37,11 @@ class Source:
 
     name: str
     arguments: dict
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the weights are a quantised `.gguf` file; they are read dequantised, as float32."""
-        return "gguf_file" in self.arguments
+    gguf: GgufFile | None = None  # read dequantised, as float32
 
     def config(self):
         """The model's configuration. Raises UserError when it cannot be read."""
-        return self._load(AutoConfig)
+        return self.gguf.config() if self.gguf else self._load(AutoConfig)
 
     def model(self, dtype: torch.dtype | str = "auto") -> nn.Module:
         """The model on the CPU, in `dtype` or ("auto") in the checkpoint's own. Raises UserError."""
@@ -53,17 +49,18 @@ class Source:
 
     def load(self, dtype: torch.dtype | str = "auto") -> tuple[nn.Module, object]:
         """The model as `model()` gives it, and its tokenizer or processor. Raises UserError."""
+        if self.gguf:
+            model = self.gguf.model(torch.float32 if dtype == "auto" else dtype)
+            return model.eval().requires_grad_(False), self.gguf.tokenizer()
         config = self.config()
         if llava.is_llava(config):
             return llava.load(self.name, self.arguments.get("cache_dir"), dtype)
         tokenizer = self._load(AutoTokenizer)
-        extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {}
-        dtype = torch.float32 if self.is_gguf and dtype == "auto" else dtype
         if hasattr(config, "pruned_mlp"):
             # Such a folder names code beside it; the same code stands here, and is the one that is trusted.
             model = forget_widths(self._load_whole(modeling_pruned.pruned(causal_class(config)), dtype=dtype))
         else:
-            model = self._load_whole(AutoModelForCausalLM, dtype=dtype, **extra)
+            model = self._load_whole(AutoModelForCausalLM, dtype=dtype)
         return model.eval().requires_grad_(False), tokenizer
 
     def _load_whole(self, model_class, **extra) -> nn.Module:
@@ -148,10 +145,9 @@ def quiet_libraries() -> None:
 def find_source(name: str, cache_dir: str) -> Source:
     """Tell a `.gguf` file, a local folder and a Hub name apart. Raises UserError for what is none of them."""
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"--model {name}: no such file")
-        return Source(name, {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name})
+    if gguf_file.is_gguf(path) and not path.is_dir():
+        gguf_file.parts(path)
+        return Source(name, {}, GgufFile(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"--model {name}: the folder holds no config.json; give the folder of a saved model")
