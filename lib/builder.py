@@ -16,15 +16,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     LlavaConfig,
     PreTrainedConfig,
     ProcessorMixin,
 )
 
-from lib import llava, modeling_pruned, parallel, remote_code, source_checks
+from lib import gguf_file, llava, modeling_pruned, parallel, remote_code, source_checks
 from lib.config_checks import building, check_raw, refuse_short_context
 from lib.errors import UserError
+from lib.gguf_file import GgufFile
 from lib.memory import GIB
 from lib.mlp import Layer, find_layers, forget_widths, only_towers, skeleton
 from lib.offload import Placement, Resources, cast
@@ -41,11 +41,7 @@ class Source:
 
     name: str
     arguments: dict
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the weights are a quantised `.gguf` file; they are read dequantised, as float32."""
-        return "gguf_file" in self.arguments
+    gguf: GgufFile | None = None  # read dequantised, as float32
 
     @property
     def files(self) -> source_checks.Files:
@@ -58,11 +54,12 @@ class Source:
         The raw one is looked at first: transformers does not know the original LLaVA's, or takes it for another one.
         Raises UserError when it cannot be read, has more layers than any model, and for a family that is only code.
         """
-        if not self.is_gguf:
-            fields = self._raw_config()
-            if llava.is_original(fields):
-                llava.refuse_other_originals(self.name, fields, self.arguments.get("cache_dir"))
-                return LlavaConfig()  # that it is a LLaVA; its own values are read when it is converted
+        if self.gguf:
+            return self.gguf.config()
+        fields = self._raw_config()
+        if llava.is_original(fields):
+            llava.refuse_other_originals(self.name, fields, self.arguments.get("cache_dir"))
+            return LlavaConfig()  # that it is a LLaVA; its own values are read when it is converted
         config = self._load(AutoConfig)
         remote_code.forget(config)
         source_checks.make_ours(config)
@@ -89,18 +86,21 @@ class Source:
 
         No two weights share memory but those that the configuration ties, so that each can be pruned alone.
         """
+        if self.gguf:
+            model = self.gguf.model(torch.float32 if dtype == "auto" else dtype)
+            return unshare(model).eval().requires_grad_(False), self.gguf.tokenizer()
         config = self.config()
         if llava.is_llava(config):
             model, processor = llava.load(self.name, self.arguments.get("cache_dir"), dtype)
             return unshare(model), processor
         tokenizer = self._load(AutoTokenizer)
-        extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {"config": config}
         dtype = self._own_dtype(config) if dtype == "auto" else dtype
         if hasattr(config, "pruned_mlp"):
             # Such a folder names code beside it; the same code stands here, and is the one that is trusted.
-            model = forget_widths(self._load_whole(modeling_pruned.pruned(causal_class(config)), dtype=dtype, **extra))
+            model_class = modeling_pruned.pruned(causal_class(config))
+            model = forget_widths(self._load_whole(model_class, dtype=dtype, config=config))
         else:
-            model = self._load_whole(AutoModelForCausalLM, dtype=dtype, **extra)
+            model = self._load_whole(AutoModelForCausalLM, dtype=dtype, config=config)
         if source_checks.is_fine_grained_fp8(config.to_dict()):
             model.to(dtype)  # transformers leaves what was no float8 in bfloat16
         model.config.return_dict = True  # some old checkpoints say otherwise
@@ -108,8 +108,6 @@ class Source:
 
     def _own_dtype(self, config) -> torch.dtype | str:
         """The dtype of the checkpoint's weights; "auto", which is what its configuration says, where they differ."""
-        if self.is_gguf:
-            return torch.float32
         if source_checks.is_fine_grained_fp8(config.to_dict()):
             return config.dtype if config.dtype in DTYPES.values() else torch.bfloat16
         return self.files.dtype or "auto"
@@ -204,10 +202,9 @@ def quiet_libraries() -> None:
 def find_source(name: str, cache_dir: str) -> Source:
     """Tell a `.gguf` file, a local folder and a Hub name apart. Raises UserError for what is none of them."""
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"--model {name}: no such file")
-        return Source(name, {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name})
+    if gguf_file.is_gguf(path) and not path.is_dir():
+        gguf_file.parts(path)
+        return Source(name, {}, GgufFile(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             source_checks.refuse_without_config(source_checks.Files(name))
@@ -242,13 +239,13 @@ def load(
     if cuda and not torch.cuda.is_available():
         raise UserError("--cuda: no CUDA GPU is visible; leave the flag out to run on the CPU")
     source = find_source(name, cache_dir)
-    if not source.is_gguf:
+    if not source.gguf:
         source_checks.refuse_on_sight(source.files, sees)
     config = source.config()
     refuse_unsupported(name, config, sees)
     model, processor = source.load(DTYPES.get(dtype, "auto"))
     own_dtype = model.dtype
-    notes = {} if source.is_gguf or sees else source_checks.notes(model, own_dtype, source.files)
+    notes = {} if source.gguf or sees else source_checks.notes(model, own_dtype, source.files)
     device = parallel.device(cuda)
     limit = None if max_memory is None else int(max_memory * GIB)
     resources = Resources(device, DTYPES.get(dtype) or scoring_dtype(device), offload, limit, parallel.world() > 1)
