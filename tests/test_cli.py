@@ -690,10 +690,10 @@ def test_the_summary_gives_a_range_where_widths_differ(run_cli, prune, tiny_mode
 
 
 def plain_perplexity(model, ids, seqlen, n_windows):
-    """exp of the mean negative log-likelihood of every token but the first of each window."""
+    """exp of the mean negative log-likelihood of every token of windows that begin with BOS, as all text does."""
     nll = []
-    for start in range(0, n_windows * seqlen, seqlen):
-        window = ids[start : start + seqlen]
+    for start in range(0, n_windows * (seqlen - 1), seqlen - 1):
+        window = torch.cat([torch.tensor([0]), ids[start : start + seqlen - 1]])
         with torch.no_grad():
             log_p = F.log_softmax(model(window[None]).logits[0].double(), -1)
         nll += [-log_p[t, window[t + 1]] for t in range(seqlen - 1)]
@@ -707,8 +707,9 @@ def plain_perplexity(model, ids, seqlen, n_windows):
 def test_perplexity_before_and_after_is_that_of_wikitext_test(flags, seqlen, bound, prune, tiny_model, data_dir):
     folder = prune("llama", "--pruning_ratio", 0.5, "--eval_ppl", "--dataset", "winogrande", *flags)
     rows = load_from_disk(str(data_dir / "wikitext2"))["test"]["text"]
-    ids = torch.tensor(AutoTokenizer.from_pretrained(tiny_model("llama"))("\n\n".join(rows)).input_ids)
-    n_windows = bound or len(ids) // seqlen
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    ids = torch.tensor(tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids)
+    n_windows = bound or len(ids) // (seqlen - 1)
     assert n_windows > 2
     found = report_of(folder)["perplexity"]
     for name, source in (("dense", tiny_model("llama")), ("pruned", folder)):
