@@ -135,10 +135,7 @@ class Source:
     def _advice(self, error: Exception) -> str:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if remote_code.is_refusal(error):
-            return (
-                "needs code that comes with the checkpoint, which is not run; give one whose model and tokenizer are "
-                "among those of transformers"
-            )
+            return remote_code.NOT_RUN
         if isinstance(error, ImportError):
             return f"needs a package that is not installed: {reason}"
         if Path(self.name).exists():

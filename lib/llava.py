@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lib import remote_code
 from lib.errors import UserError
 from lib.mlp import forget_widths, has_widths
 from lib.modeling_pruned import pruned
@@ -204,7 +205,9 @@ def _load_converted(place: "_Place", fields: dict, dtype) -> tuple[LlavaForCondi
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        raise UserError(f"{place.what}: cannot be loaded; it may be incomplete ({_reason(error)})") from error
+        incomplete = f"cannot be loaded; it may be incomplete ({_reason(error)})"
+        problem = remote_code.NOT_RUN if remote_code.is_refusal(error) else incomplete
+        raise UserError(f"{place.what}: {problem}") from error
     _refuse(place, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
     model = forget_widths(model) if differ else model
     vision = model.config.vision_config

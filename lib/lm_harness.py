@@ -121,7 +121,9 @@ class PrunedFolder(HFLM):
     def _get_config(self, pretrained, **options):
         super()._get_config(pretrained, **options)
         if type(self._config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UserError(f"pretrained={pretrained}: is no causal language model; a LLaVA is evaluated with lmms-eval.sh")
+            raise UserError(
+                f"pretrained={pretrained}: is no causal language model; a LLaVA is evaluated with lmms-eval.sh"
+            )
         self.AUTO_MODEL_CLASS = modeling_pruned.pruned(MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)])
 
 

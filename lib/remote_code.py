@@ -21,6 +21,10 @@ FIELDS = ("auto_map", "_auto_map", "custom_generate", "custom_pipelines", "trust
 OWN_FILE = Path(modeling_pruned.__file__)
 OWN_CLASS = re.compile(rf"{OWN_FILE.stem}\.Pruned\w+", re.ASCII)
 OWN_FIELDS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+NOT_RUN = (
+    "needs code that comes with the checkpoint, which is not run; give one whose model, tokenizer and processor are "
+    "among those of transformers"
+)
 
 
 def never_ask() -> None:

@@ -188,11 +188,12 @@ def prune(run_cli, tmp_path):
 
 @by_name
 def test_a_hostile_model_is_pruned_without_its_code_and_saved_without_its_name(attack, hostile, prune, marker, evil):
-    folder = prune(hostile(attack), "--global_pruning", *([] if attack is nested else ["--save_format", "hf"]))
+    differ = attack in (nested, beside_the_weights)
+    folder = prune(hostile(attack), *(["--global_pruning"] if differ else []))
     assert not marker.exists()
     assert result_with_foreign_code(folder) == []
-    assert [file.name for file in folder.rglob("*.py")] == ["modeling_pruned.py"]
-    if attack is nested:
+    assert [file.name for file in folder.rglob("*.py")] == (["modeling_pruned.py"] if differ else [])
+    if differ:
         model, tokenizer = checkpoint.load_bin(folder)
         assert not MENTIONS.search(json.dumps([model.config.to_dict(), model.generation_config.to_dict()]))
 
@@ -226,11 +227,12 @@ def test_published_layouts_that_name_code_prune_and_load_in_a_fresh_process(prun
         for folder in map(Path, sys.argv[1:]):
             remote = (folder / "modeling_pruned.py").exists()
             AutoTokenizer.from_pretrained(folder)
-            found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote or None)(torch.arange(3, 9)[None])
+            ids = torch.arange(3, 9)[None]
+            found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote or None)(ids)
             if (folder / "model.bin").exists():
                 held = torch.load(folder / "model.bin", weights_only=False)
                 assert not hasattr(held["model"].config, "auto_map")
-                assert torch.equal(held["model"](torch.arange(3, 9)[None]).logits, found.logits), folder
+                assert torch.equal(held["model"](ids).logits, found.logits), folder
             print(folder.name, found.logits.shape[-1])
     """
     results = []
@@ -249,7 +251,8 @@ def test_published_layouts_that_name_code_prune_and_load_in_a_fresh_process(prun
     assert not marker.exists()
     command = [sys.executable, "-c", textwrap.dedent(program), *results]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=tmp_path)
-    assert done.stdout.split() == [w for path in results for w in (path.name, str(special_tokens()["vocab_size"]))], done
+    size = str(special_tokens()["vocab_size"])
+    assert done.stdout.splitlines() == [f"{folder.name} {size}" for folder in results], done.stderr
 
 
 REMOTE_ONLY = {
@@ -279,7 +282,7 @@ def test_a_family_that_is_only_code_is_refused_before_its_weights_are_read(famil
 
 
 def test_nothing_is_asked_at_a_terminal(hostile, evil, marker, tmp_path):
-    """At a pseudo-terminal with an eager 'y' for every question: an unknown family, and a tokenizer that is only code."""
+    """At a pseudo-terminal where every question would get a 'y': an unknown family, a tokenizer that is only code."""
     unknown = shutil.copytree(hostile(tokenizer_elsewhere), tmp_path / "unknown")
     edit(unknown / "config.json", model_type="qwen", auto_map={"AutoConfig": f"{evil}--mod.C"})
     tokenizer = shutil.copytree(tmp_path / "hostile", tmp_path / "tokenizer")
@@ -338,9 +341,8 @@ def test_a_result_that_was_tampered_with_is_refused_and_runs_nothing_even_when_i
     with pytest.raises(UserError):
         checkpoint.load_folder(folder)
     assert "trust_remote_code=True" in tasks.arguments(str(folder), trust=True)[3]
-    if attack is not of_another_configuration:
-        model = get_model("pruned_folder")(pretrained=str(folder), device="cpu")
-        assert type(model.model).__module__ == "lib.modeling_pruned"
+    model = get_model("pruned_folder")(pretrained=str(folder), device="cpu")
+    assert type(model.model).__module__ == "lib.modeling_pruned"
     assert not marker.exists()
 
 
@@ -436,6 +438,19 @@ def test_a_llava_is_loaded_and_saved_without_the_code_that_it_names(tmp_path, ev
     checkpoint.save(tmp_path / "result", model, find_layers(model), processor, ["hf", "bin"])
     assert result_with_foreign_code(tmp_path / "result") == []
     assert json.loads((tmp_path / "result" / "config.json").read_text()).keys() == dense.keys()
+    assert not marker.exists()
+
+
+def test_a_llava_whose_processor_is_only_code_is_one_line(tmp_path, evil, marker):
+    folder = tmp_path / "llava-hf"
+    write_llava(folder)
+    edit(folder / "processor_config.json", processor_class="Own", auto_map={"AutoProcessor": f"{evil}--mod.P"})
+    (held := json.loads((folder / "processor_config.json").read_text()))["image_processor"] |= {
+        "image_processor_type": "Own", "auto_map": {"AutoImageProcessor": f"{evil}--mod.P"}}  # fmt: skip
+    edit(folder / "processor_config.json", **held)
+    edit(folder / "preprocessor_config.json", **held["image_processor"])
+    with pytest.raises(UserError, match="which is not run"):
+        llava.load(str(folder), "unused")
     assert not marker.exists()
 
 
