@@ -1,4 +1,4 @@
-"""lm-eval with one more model, `custom_checkpoint`: a pruned model in a `model.bin`.
+"""lm-eval with one more model, `custom_checkpoint`: a pruned model in a `model.bin`, or a `.gguf` file.
 
     python -m lib.lm_harness --model custom_checkpoint \\
         --model_args pretrained=BASE,checkpoint=DIR/model.bin,device_map=auto,dtype=float16 \\
@@ -12,6 +12,7 @@ processes.
 
 import os
 import sys
+from pathlib import Path
 
 # The libraries read these when they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,7 +50,7 @@ class CustomCheckpoint(HFLM):
 
     def __init__(self, checkpoint=None, pretrained=None, trust_checkpoint=False, dtype="auto", device_map=None,
                  device="cuda:0", parallelize=False, **options):  # fmt: skip
-        """Load `checkpoint`, a `model.bin` or the folder that holds one; `dtype` "auto" keeps what was saved.
+        """Load `checkpoint`, a `model.bin`, the folder that holds one, or a `.gguf` file; `dtype` "auto" keeps what was saved.
 
         `pretrained` names the dense model in the results, and gives the tokenizer where the checkpoint has none;
         its weights are never loaded. `device_map` "auto" spreads the model over the GPUs, if there are any.
@@ -71,9 +72,15 @@ class CustomCheckpoint(HFLM):
     # The three steps that lm-eval splits loading into, in its order.
 
     def _get_config(self, pretrained, **unused):
+        from lib.builder import find_source
         from lib.checkpoint import load_bin
+        from lib.gguf_file import is_gguf
 
-        self._model, self._saved_tokenizer = load_bin(*self._requested)
+        checkpoint, dtype, _ = self._requested
+        if is_gguf(Path(checkpoint)):
+            self._model, self._saved_tokenizer = find_source(checkpoint, "").load(dtype)
+        else:
+            self._model, self._saved_tokenizer = load_bin(*self._requested)
         self._config = self._model.config
 
     def _create_tokenizer(self, pretrained, tokenizer, add_bos_token=None, **options):
