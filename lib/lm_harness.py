@@ -1,4 +1,5 @@
-"""lm-eval with two more models: `custom_checkpoint`, a `model.bin`, and `pruned_folder`, a folder of differing widths.
+"""lm-eval with two more models: `custom_checkpoint`, a `model.bin` or a `.gguf` file, and `pruned_folder`, a folder of
+differing widths.
 
     python -m lib.lm_harness --model custom_checkpoint \\
         --model_args pretrained=BASE,checkpoint=DIR/model.bin,device_map=auto,dtype=float16 \\
@@ -15,6 +16,7 @@ processes.
 
 import os
 import sys
+from pathlib import Path
 
 # The libraries read these when they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,7 +61,7 @@ class CustomCheckpoint(HFLM):
 
     def __init__(self, checkpoint=None, pretrained=None, trust_checkpoint=False, dtype="auto", device_map=None,
                  device="cuda:0", parallelize=False, **options):  # fmt: skip
-        """Load `checkpoint`, a `model.bin` or the folder that holds one; `dtype` "auto" keeps what was saved.
+        """Load `checkpoint`, a `model.bin`, the folder that holds one, or a `.gguf` file; `dtype` "auto" keeps what was saved.
 
         `pretrained` names the dense model in the results, and gives the tokenizer where the checkpoint has none;
         its weights are never loaded. `device_map` "auto" spreads the model over the GPUs, if there are any.
@@ -81,9 +83,15 @@ class CustomCheckpoint(HFLM):
     # The three steps that lm-eval splits loading into, in its order.
 
     def _get_config(self, pretrained, **unused):
+        from lib.builder import find_source
         from lib.checkpoint import load_bin
+        from lib.gguf_file import is_gguf
 
-        self._model, self._saved_tokenizer = load_bin(*self._requested)
+        checkpoint, dtype, _ = self._requested
+        if is_gguf(Path(checkpoint)):
+            self._model, self._saved_tokenizer = find_source(checkpoint, "").load(dtype)
+        else:
+            self._model, self._saved_tokenizer = load_bin(*self._requested)
         self._config = self._model.config
 
     def _create_tokenizer(self, pretrained, tokenizer, add_bos_token=None, **options):

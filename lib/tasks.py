@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lib.checkpoint import MODEL_BIN, check_folder
 from lib.errors import UserError
+from lib.gguf_file import is_gguf
 
 # Of a task's measures, the first of these that it has, else its first one that is a number.
 MEASURES = ("acc_norm", "acc", "exact_match", "word_perplexity")
@@ -56,10 +57,13 @@ def arguments(
         if not file.is_file():
             raise UserError(f"{file}: no such file; give a {MODEL_BIN} or the folder that holds one")
         values, kind = {names.argument: file.resolve(), "trust_checkpoint": trust or None}, names.bin
-    elif path.suffix == ".gguf":
+    elif is_gguf(path) and not path.is_dir():
         if not path.is_file():
             raise UserError(f"{path}: no such file")
-        values = {"pretrained": path.resolve().parent, "gguf_file": path.name}
+        if harness == "lib.lmms":
+            raise UserError(f"{path}: a .gguf file holds no vision tower; give a folder or a {MODEL_BIN}")
+        # The harness's own loading would drop rope scaling and take a tokenizer that lies beside the file.
+        values, kind = {names.argument: path.resolve()}, names.bin
     elif path.is_dir():
         # Where widths differ, the code here takes the place of its copy in the folder.
         if check_folder(path, trust) and not trust:

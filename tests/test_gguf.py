@@ -23,7 +23,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from lib import builder
+from lib import builder, tasks
 from lib.errors import UserError
 
 VOCABULARY = len(make_tokenizer())
@@ -301,3 +301,16 @@ def test_a_pruned_gguf_keeps_its_rope_scaling_in_the_result(run_cli, tmp_path):
         for name, weight in model.named_parameters():
             kept = saved.get_parameter(name)
             assert torch.equal(kept, torch.where(kept == 0, 0, weight)), name
+
+
+def test_lm_eval_gets_the_model_with_its_rope_scaling(tmp_path):
+    lm_harness = pytest.importorskip("lib.lm_harness")
+    model = tiny(scaled("linear", factor=4.0))
+    file = gguf_writer.write(tmp_path / "M.GGUF", model, {"rope.scaling.factor": 4.0})
+    kind, values = tasks.arguments(str(file))[1::2]
+    assert kind == "custom_checkpoint"
+    harness = lm_harness.CustomCheckpoint.create_from_arg_string(values, {"device": "cpu", "batch_size": 1})
+    torch.testing.assert_close(logits(harness.model), logits(model), rtol=1e-4, atol=1e-4)
+    assert harness.tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    with pytest.raises(UserError, match="no vision tower"):
+        tasks.arguments(str(file), harness="lib.lmms")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ import main
 from lib import tasks
 from lib.errors import UserError
 from lib.lmms import __main__ as command_line
-from lib.lmms import llava
+from lib.lmms import exits, llava
 from lib.lmms.llava import PrunedLlava
 
 TASKS = ["vizwiz_vqa_val", "scienceqa_img"]
@@ -449,6 +450,23 @@ def test_the_readmes_command_runs(pruned, work, tmp_path):
     found = tasks.results(tmp_path / "logs")
     assert found["results"].keys() == set(TASKS) and found["model_name"] == "liuhaotian/llava-v1.5-13b"
     assert {name: count["effective"] for name, count in found["n-samples"].items()} == dict.fromkeys(TASKS, ROWS)
+
+
+def test_the_readmes_command_exits_with_an_error_when_it_fails(work, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "-m", "lmms_eval"]
+    command += ["--model", "llava", "--model_args", f"pretrained={tmp_path}", "--tasks", "no_such_task"]
+    done = subprocess.run(command, cwd=work, env=fresh_environment(), capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "\nerror: Tasks not found: no_such_task" in f"\n{done.stderr}"
+
+
+def test_lmms_evals_own_command_line_exits_as_ours_does(capfd):
+    own = sys.modules["lmms_eval.__main__"]
+    exits.exit_on_errors()  # as when it asks for its plugins while it is imported
+    assert own.cli_evaluate and own.cli_evaluate_single.exits
+    with pytest.raises(SystemExit) as leaving:
+        own.cli_evaluate_single(SimpleNamespace(tasks=None))
+    assert leaving.value.code == 2 and capfd.readouterr().err.startswith("error: --tasks")
 
 
 @pytest.fixture

@@ -9,7 +9,13 @@ PYTHONPATH; nothing has to be installed.
 
 
 def manifest():
-    """What lmms-eval's registry of models is told: `llava` is ours. Imports nothing heavy."""
+    """What lmms-eval's registry of models is told: `llava` is ours. Imports nothing heavy.
+
+    From then on its command line exits with an error code when an evaluation fails.
+    """
     from lmms_eval.models.registry_v2 import ModelManifest
 
+    from lib.lmms.exits import exit_on_errors
+
+    exit_on_errors()
     return ModelManifest("llava", simple_class_path=f"{__name__}.llava.PrunedLlava")

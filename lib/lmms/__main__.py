@@ -8,7 +8,8 @@ with 0; with 1 for anything else that went wrong.
 
 import os
 import sys
-import traceback
+
+from lib.lmms.exits import exiting
 
 # The libraries read these when they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,7 +18,6 @@ if not sys.stderr.isatty():
 
 try:
     from lmms_eval import __main__ as harness
-    from tenacity import RetryError
 except ImportError as error:
     print(
         "error: lmms-eval is needed: pip install -r requirements-lmms.txt, then "
@@ -26,29 +26,8 @@ except ImportError as error:
     )
     sys.exit(2)
 
+
 from lib import remote_code
-
-# How those errors begin that are the user's to mend, beside all that come from files and the network.
-MENDABLE = ("Tasks not found", "Couldn't find cache", "BuilderConfig", "Model '", "Specify --", "--limit")
-OFFLINE = "; offline, a data set must stand in the working directory (DATA_DIR of lmms-eval.sh) under its Hub name"
-
-
-def exiting(evaluate):
-    """`evaluate` with its errors printed and turned into an exit: lmms-eval swallows every other exception."""
-
-    def run(args):
-        try:
-            return evaluate(args)
-        except Exception as error:
-            if isinstance(error, RetryError):
-                error = error.last_attempt.exception()
-            mendable = isinstance(error, OSError | NotImplementedError) or str(error).startswith(MENDABLE)
-            if os.environ.get("RANK", "0") == "0":
-                line = f"error: {' '.join(str(error).split())[:400]}{OFFLINE if 'Offline' in str(error) else ''}"
-                print(line if mendable else "".join(traceback.format_exception(error)), file=sys.stderr)
-            sys.exit(2 if mendable else 1)
-
-    return run
 
 
 def main() -> None:
