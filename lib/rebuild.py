@@ -99,12 +99,14 @@ def _bounded_skeleton(model_class: type, config: PreTrainedConfig, n_weights: in
 def _refuse_differences(empty: nn.Module, state: Mapping[str, Tensor]) -> None:
     wanted = empty.state_dict()
     for name in (name for name, _ in empty.named_parameters() if name not in state):
-        raise RefusedPickleError(f"has no {name}")
+        raise RefusedPickleError(f"is damaged, it has no {name}")
     for name, weight in state.items():
         if name not in wanted:
             raise RefusedPickleError(f"holds {name[:80]}, for which its configuration has no place")
         if tuple(weight.shape) != wanted[name].shape:
             raise RefusedPickleError(f"holds {name[:80]} in another shape than its configuration says")
+        if weight.dtype.is_floating_point != wanted[name].dtype.is_floating_point:
+            raise RefusedPickleError(f"holds {name[:80]} as {weight.dtype}, so it may be quantised; save it unquantised")
 
 
 @contextmanager

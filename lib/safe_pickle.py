@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import SizeDict
+from transformers.tokenization_python import Trie
 
 from lib import inert_pickle
 from lib.errors import UserError
@@ -61,8 +62,6 @@ STORAGES = {
 }
 PIECE = 2**22  # elements that are read at once
 LARGEST_PROGRAM = 2**28  # bytes of pickle; a tokenizer with 256,000 tokens takes a quarter of it
-MOST_VALUES = 20_000_000  # in what is not a weight, shared ones counted wherever they occur
-MOST_MODULES = 1_000_000  # modules, parameters and buffers, counted likewise
 DEEPEST = 64
 LONGEST_NAME = 256
 
@@ -76,11 +75,6 @@ class StoredTensor:
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-
-    @property
-    def is_floating_point(self) -> bool:
-        """Whether it is one of real numbers, as every weight is that is not quantised."""
-        return self.dtype.is_floating_point
 
     @property
     def end(self) -> int:
@@ -116,7 +110,7 @@ class Saved:
     def _storage(self, archive: zipfile.ZipFile, stored: StoredTensor, dtype: torch.dtype | str) -> Tensor:
         """All elements of a storage; it is read and converted in pieces, so that it never exists twice."""
         record = archive.getinfo(f"{self.folder}data/{stored.key}")
-        dtype = dtype if stored.is_floating_point and dtype != "auto" else stored.dtype
+        dtype = dtype if stored.dtype.is_floating_point and dtype != "auto" else stored.dtype
         elements = torch.empty(record.file_size // stored.dtype.itemsize, dtype=dtype)
         with archive.open(record) as file:
             for piece in elements.split(PIECE):
@@ -150,7 +144,8 @@ def read(path: Path) -> Saved:
         )
     if not (isinstance(held, dict) and isinstance(held.get("model"), Built)):
         raise RefusedPickleError("does not hold a model")
-    model, build = held["model"], _Builder()
+    # A value takes several bytes of the pickle, so this leaves room for those that are shared; bombs need far more.
+    model, build = held["model"], _Builder(len(program))
     attributes = _attributes(model)
     return Saved(
         path,
@@ -159,7 +154,7 @@ def read(path: Path) -> Saved:
         build.object(attributes["config"], PreTrainedConfig),
         build.object(attributes["generation_config"], GenerationConfig) if attributes["generation_config"] else None,
         build.value(held["processor"] if "processor" in held else held["tokenizer"]),
-        dict(_state(model)),
+        dict(_state(model, len(program))),
     )
 
 
@@ -196,11 +191,14 @@ def _program(path: Path, archive: zipfile.ZipFile) -> tuple[str, bytes]:
 
 
 class _Builder:
-    """Builds data from records. Shared values are built wherever they occur, so that nothing that walks through the
-    result later takes longer than this did."""
+    """Builds data from records, at most as many values as `budget`.
 
-    def __init__(self):
-        self.left = MOST_VALUES
+    Shared values are built, and counted, wherever they occur, so that nothing that walks through the result later takes
+    longer than this did.
+    """
+
+    def __init__(self, budget: int):
+        self.left = budget
 
     def value(self, node: object, depth: int = 0) -> object:
         """The value of a record. Raises RefusedPickleError for what is no data, or too much of it."""
@@ -231,9 +229,11 @@ class _Builder:
             return AddedToken(**self.value(node.state, depth + 1))
         if path == ("tokenizers", "Tokenizer"):
             return _tokenizer(self.bytes(node.state))
+        if path == ("transformers.tokenization_python", "Trie"):
+            return Trie(sorted(self.value(node.state["_tokens"], depth + 1)))
         if path == ("PIL.Image", "Resampling"):
             return Image.Resampling(self.value(node.arguments[0], depth + 1))
-        return self.object(node, (*DATA_CLASSES, Enum), depth)
+        return self.object(node, (*DATA_CLASSES, *_plain_classes(), Enum), depth)
 
     def object(self, node: Built, kinds, depth: int = 0) -> object:
         """An instance of a class of transformers that is one of `kinds`, its `__init__` not called."""
@@ -256,6 +256,13 @@ class _Builder:
         if self.left < 0 or encoding != "latin1":
             raise RefusedPickleError("holds bytes that are repeated more than in any saved model")
         return text.encode("latin1")
+
+
+def _plain_classes() -> list[type]:
+    """What newer transformers keep settings that differ by layer in; not public, and loaded with the configuration."""
+    module = sys.modules.get("transformers.integrations.heterogeneity.configuration_utils")
+    found = getattr(module, "_HeterogeneitySpec", None)
+    return [found] if found else []
 
 
 def _tokenizer(data: bytes) -> Tokenizer:
@@ -295,9 +302,9 @@ def _attributes(module: Built) -> dict:
     return module.state
 
 
-def _state(model: Built) -> Iterator[tuple[str, StoredTensor]]:
+def _state(model: Built, budget: int) -> Iterator[tuple[str, StoredTensor]]:
     """The weights and persistent buffers of a model by name, as `nn.Module.state_dict` has them."""
-    left, waiting = MOST_MODULES, [("", 0, model)]
+    left, waiting = budget, [("", 0, model)]
     while waiting:
         prefix, depth, module = waiting.pop()
         attributes = _attributes(module)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GATED, special_tokens, write_model
 from families import FAMILIES, FIXED_WIDTH, build
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from lib import checkpoint, target
-from lib.errors import UserError
+from lib.errors import OutOfMemory, UserError
 from lib.mlp import find_layers
 from lib.prune import blocks_of, remove, select_neurons
 
@@ -151,6 +152,105 @@ def test_verification_notices_a_form_that_computes_something_else(tmp_path, form
         checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, [form])
 
 
+def edit_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def test_verification_compares_logits(tmp_path):
+    model = saved(tmp_path / "out", differing=False, formats=["hf"])
+    edit_config(tmp_path / "out", hidden_act="gelu")  # no weight tells
+    with pytest.raises(UserError, match="its logits differ"):
+        checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, ["hf"])
+
+
+@pytest.mark.parametrize("form", ["hf", "bin"])
+def test_verification_compares_weights(tmp_path, form):
+    model = saved(tmp_path / "out", formats=[form])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3].add_(1e-6)  # no logits tell: the token does not occur
+    assert 3 not in IDS
+    with pytest.raises(UserError, match=r"embed_tokens\.weight differs"):
+        checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, [form])
+
+
+def overflow(model):
+    """Weights that are finite in float16, and activations that are not."""
+    with torch.no_grad():
+        for projection in (model.model.layers[1].mlp.up_proj, model.model.layers[1].mlp.down_proj):
+            projection.weight.mul_(3e4 / projection.weight.abs().max())
+    return model.half()
+
+
+def overflowing(folder, formats):
+    model, layers = pruned_model("llama", False)
+    checkpoint.save(folder, overflow(model), layers, tokenizer(), formats)
+    assert not logits(model).isfinite().all() and all(weight.isfinite().all() for weight in model.parameters())
+    return model
+
+
+@pytest.mark.parametrize("form", ["hf", "bin"])
+def test_float16_that_overflows_is_verified_in_float32(tmp_path, form):
+    model = overflowing(tmp_path, [form])
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    checkpoint.verify(tmp_path, model, {"input_ids": IDS}, [form])
+    after = model.state_dict()
+    assert all(torch.equal(weight, after[name]) and weight.dtype == after[name].dtype for name, weight in before.items())
+
+
+def test_what_only_logits_see_is_seen_where_float16_overflows(tmp_path):
+    model = overflowing(tmp_path, ["hf"])
+    edit_config(tmp_path, hidden_act="gelu")
+    with pytest.raises(UserError, match="its logits differ"):
+        checkpoint.verify(tmp_path, model, {"input_ids": IDS}, ["hf"])
+
+
+def test_a_model_that_computes_no_numbers_is_said_to(tmp_path):
+    model = saved(tmp_path / "out", formats=["hf"])
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="NaN") as caught:
+        checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, ["hf"])
+    assert "\n" not in str(caught.value) and "is not the pruned model" not in str(caught.value)
+
+
+def test_tokens_that_a_model_forbids_do_not_disturb_verification(tmp_path, monkeypatch):
+    model = saved(tmp_path / "out", formats=["hf"])
+    computed = checkpoint.logits_in
+    monkeypatch.setattr(checkpoint, "logits_in", lambda *args: computed(*args).index_fill(-1, IDS[0], -torch.inf))
+    checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, ["hf"])
+    edit_config(tmp_path / "out", rms_norm_eps=1.0)
+    with pytest.raises(UserError, match="its logits differ"):
+        checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, ["hf"])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+                                   torch.OutOfMemoryError("CUDA out of memory")], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_memory_that_runs_out_while_verifying_is_no_difference(tmp_path, monkeypatch, error):
+    model = saved(tmp_path / "out")
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_folder", fail)
+        with pytest.raises(type(error)):
+            checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, ["hf"])
+    monkeypatch.setattr(checkpoint, "rebuild", fail)
+    with pytest.raises(OutOfMemory, match="does not fit into memory"):
+        checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, ["bin"])
+
+
+def test_a_float16_checkpoint_that_overflows_is_pruned_and_saved(tmp_path, run_cli, data_dir):
+    source = write_model(LlamaConfig(**GATED, **special_tokens()), tmp_path / "source")
+    overflow(AutoModelForCausalLM.from_pretrained(source)).save_pretrained(source)
+    command = ["--model", source, "--data_dir", data_dir, "--nsamples", 2, "--seqlen", 32, "--pruning_ratio", 0.25]
+    done = run_cli(*command, "--save_format", "both", "--save_model", tmp_path / "out")
+    assert (done.code, done.err) == (0, "") and "same logits" in done.out
+    for found in (AutoModelForCausalLM.from_pretrained(tmp_path / "out"), checkpoint.load_bin(tmp_path / "out")[0]):
+        assert found.dtype == torch.float16 and found.config.intermediate_size == 36
+
+
 # --- hostile and damaged files ----------------------------------------------------------------------
 
 
@@ -243,7 +343,7 @@ def test_a_full_disk_is_one_line_and_nothing_stays(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # every file ends here, as on a full disk
         sys.path[:0] = sys.argv[2:]
         from test_checkpoint import saved
-        from lib.errors import UserError
+        from lib.errors import OutOfMemory, UserError
         for form in ("hf", "bin"):
             try:
                 saved(sys.argv[1] + "/out", formats=[form])
