@@ -376,7 +376,8 @@ class Target:
             try:
                 yield
             finally:
-                self.clear()
+                for folder in self.clear():
+                    self._say(f"{folder} could not be removed; it is not needed any more")
         except KeyboardInterrupt as interrupt:
             said = [str(interrupt)] if interrupt.args else []
             if self.done:
@@ -385,13 +386,13 @@ class Target:
                 said.append(f"left behind: {', '.join(left)}; the next run with {self.label} removes it")
             raise KeyboardInterrupt("; ".join(said)) from None
 
-    def clear(self) -> None:
-        """Remove what is not needed any more; the parts of a complete result stay for the next run."""
+    def clear(self) -> list[Path]:
+        """Remove what is not needed any more, and return what withstood; parts of a complete result stay."""
         partial, complete, moving, old = map(self._hidden, KINDS)
-        for folder in [partial] if complete.exists() or moving.exists() else [partial, old]:
+        unneeded = [partial] if complete.exists() or moving.exists() else [partial, old]
+        for folder in unneeded:
             shutil.rmtree(folder, ignore_errors=True)
-            if folder.exists():
-                self._say(f"{folder} could not be removed; it is not needed any more")
+        return [folder for folder in unneeded if folder.exists()]
 
     def _say(self, text: str) -> None:
         print(f"note: {self.label}: {text}", file=sys.stderr)

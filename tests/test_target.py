@@ -254,7 +254,7 @@ def test_a_run_says_where_its_result_is(run_cli, command, tmp_path, monkeypatch)
     score = prune.score
 
     def appear(*args, **more):
-        (tmp_path / "result").mkdir()
+        (tmp_path / "result").mkdir(exist_ok=True)
         (tmp_path / "result" / "precious.txt").write_text("mine")
         return score(*args, **more)
 
@@ -384,6 +384,15 @@ def test_a_target_that_cannot_be_replaced_after_all_loses_nothing(tmp_path, monk
     assert text_of(tmp_path / "result") == "old" and text_of(tmp_path / "result-1") == "new"
     assert "cannot be replaced" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["result", "result-1"]
+
+
+def test_an_old_result_that_cannot_be_removed_is_named_once(tmp_path, monkeypatch, capsys):
+    fill(tmp_path / "result", "old")
+    monkeypatch.setattr("lib.target.shutil.rmtree", lambda folder, **more: None)
+    with target.reserve(str(tmp_path / "result"), True) as place, place.writing() as partial:
+        place.put(fill(partial / "new", "new"))
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / ".result.afr-st-partial") in err
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "ü" * 127])
