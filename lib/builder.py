@@ -20,7 +20,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from lib import llava, modeling_pruned, parallel, source_checks
+from lib import llava, modeling_pruned, parallel, source_checks, tokenizer_files
 from lib.errors import UserError
 from lib.memory import GIB
 from lib.mlp import Layer, find_layers, forget_widths, only_towers
@@ -63,7 +63,8 @@ class Source:
         config = self.config()
         if llava.is_llava(config):
             return llava.load(self.name, self.arguments.get("cache_dir"), dtype)
-        tokenizer = self._load(AutoTokenizer)
+        tokenizer = (None if self.is_gguf else tokenizer_files.read(self.files)) or self._load(AutoTokenizer)
+        self._refuse_mute(tokenizer)
         extra = {"quantization_config": GgufConfig(dequantize=True)} if self.is_gguf else {"config": config}
         dtype = self._own_dtype(config) if dtype == "auto" else dtype
         if hasattr(config, "pruned_mlp"):
@@ -72,8 +73,14 @@ class Source:
         else:
             model = self._load_whole(AutoModelForCausalLM, dtype=dtype, **extra)
         if source_checks.is_fine_grained_fp8(config.to_dict()):
+            source_checks.refuse_uneven_blocks(self.files)  # of a name on the Hub, there is more to see now
             model.to(dtype)  # transformers leaves what was no float8 in bfloat16
         return model.eval().requires_grad_(False), tokenizer
+
+    def _refuse_mute(self, tokenizer) -> None:
+        """transformers makes an empty tokenizer where files are missing."""
+        if not tokenizer("word", add_special_tokens=False).input_ids:
+            raise UserError(f"--model {self.name}: its tokenizer makes no tokens of a word; {tokenizer_files.ADVICE}")
 
     def _own_dtype(self, config) -> torch.dtype | str:
         """The dtype of the checkpoint's weights; "auto", which is what its configuration says, where they differ."""
