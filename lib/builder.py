@@ -21,7 +21,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from lib import gguf_file, llava, modeling_pruned, parallel, remote_code, source_checks
+from lib import gguf_file, llava, modeling_pruned, parallel, remote_code, source_checks, tokenizer_files
 from lib.config_checks import building, check_raw, refuse_short_context
 from lib.errors import UserError
 from lib.gguf_file import GgufFile
@@ -93,7 +93,8 @@ class Source:
         if llava.is_llava(config):
             model, processor = llava.load(self.name, self.arguments.get("cache_dir"), dtype)
             return unshare(model), processor
-        tokenizer = self._load(AutoTokenizer)
+        tokenizer = tokenizer_files.read(self.files) or self._load(AutoTokenizer)
+        self._refuse_mute(tokenizer)
         dtype = self._own_dtype(config) if dtype == "auto" else dtype
         if hasattr(config, "pruned_mlp"):
             # Such a folder names code beside it; the same code stands here, and is the one that is trusted.
@@ -102,9 +103,15 @@ class Source:
         else:
             model = self._load_whole(AutoModelForCausalLM, dtype=dtype, config=config)
         if source_checks.is_fine_grained_fp8(config.to_dict()):
+            source_checks.refuse_uneven_blocks(self.files)  # of a name on the Hub, there is more to see now
             model.to(dtype)  # transformers leaves what was no float8 in bfloat16
         model.config.return_dict = True  # some old checkpoints say otherwise
         return unshare(model).eval().requires_grad_(False), tokenizer
+
+    def _refuse_mute(self, tokenizer) -> None:
+        """transformers makes an empty tokenizer where files are missing."""
+        if not tokenizer("word", add_special_tokens=False).input_ids:
+            raise UserError(f"--model {self.name}: its tokenizer makes no tokens of a word; {tokenizer_files.ADVICE}")
 
     def _own_dtype(self, config) -> torch.dtype | str:
         """The dtype of the checkpoint's weights; "auto", which is what its configuration says, where they differ."""

@@ -7,9 +7,8 @@ Instruction Tuning": a Llama with a projector beside it, and a vision tower that
 import copy
 import json
 import re
-import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoProcessor,
@@ -35,6 +34,7 @@ from lib import remote_code
 from lib.errors import UserError
 from lib.mlp import forget_widths, has_widths
 from lib.modeling_pruned import pruned
+from lib.tokenizer_files import read_sentencepiece
 
 ARCHITECTURE = "LlavaLlamaForCausalLM"
 ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_mpt", "llava_qwen", "llava_gemma")
@@ -200,7 +200,10 @@ def _load_converted(place: "_Place", fields: dict, dtype) -> tuple[LlavaForCondi
     try:
         config = model_class.config_class.from_pretrained(place.name, **options)
         _refuse_other_layer(place, config, "vision_feature_layer")
-        model, report = model_class.from_pretrained(place.name, **options, dtype=dtype, output_loading_info=True)
+        # The attention named in a configuration is its writer's choice, and may be a package or code on the Hub.
+        model, report = model_class.from_pretrained(
+            place.name, **options, dtype=dtype, output_loading_info=True, attn_implementation="sdpa"
+        )
         processor = AutoProcessor.from_pretrained(place.name, **options)
     except (UserError, MemoryError):
         raise
@@ -532,7 +535,7 @@ def _tokenizer(place: _Place, fields: dict) -> PreTrainedTokenizerFast:
     if path is None:
         raise UserError(f"{place.what}: has no tokenizer.model or tokenizer.json, or it could not be fetched")
     try:
-        core = Tokenizer.from_file(str(path)) if path.suffix == ".json" else _read_sentencepiece(path.read_bytes())
+        core = Tokenizer.from_file(str(path)) if path.suffix == ".json" else read_sentencepiece(path.read_bytes())
     except Exception as error:
         raise UserError(f"{place.what}: {path.name} cannot be read ({_reason(error)}); fetch it again") from error
     special = {"bos_token": fields.get("bos_token_id", 1), "eos_token": fields.get("eos_token_id", 2)}
@@ -579,69 +582,3 @@ def _prefix_once(core: Tokenizer) -> None:
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(" ", "first", split=False), pre_tokenizers.Metaspace("▁", "never", split=False)]
     )
-
-
-def _read_sentencepiece(data: bytes) -> Tokenizer:
-    """Llama's `tokenizer.model` as a fast tokenizer, without the packages `sentencepiece` and `protobuf`.
-
-    Source: the message `ModelProto` of sentencepiece. Raises ValueError for a model of another kind than Llama's.
-    """
-    normal, unknown, byte, bpe = 1, 2, 6, 2
-    pieces, trainer, normalizer = [], {}, {}
-    for number, value in _fields(data):
-        if number == 1:
-            piece = dict(_fields(value))
-            kind = piece.get(3, normal)
-            pieces.append((piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0], kind))
-        elif number in (2, 3):
-            (trainer if number == 2 else normalizer).update(_fields(value))
-    if trainer.get(3) != bpe or normalizer.get(2) or not any(kind == byte for *_, kind in pieces):
-        raise ValueError("is not a byte-fallback BPE like Llama's")
-    vocabulary = {text: index for index, (text, _, _) in enumerate(pieces)}
-    merges = []
-    for text, score, kind in pieces:
-        for cut in range(1, len(text)) if kind == normal else ():
-            left, right = vocabulary.get(text[:cut]), vocabulary.get(text[cut:])
-            if left is not None and right is not None:
-                merges.append((-score, left, right, (text[:cut], text[cut:])))
-    core = Tokenizer(
-        models.BPE(
-            vocabulary,
-            [pair for *_, pair in sorted(merges)],
-            unk_token=next(text for text, _, kind in pieces if kind == unknown),
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return core
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protocol buffer message: number and value (an int, or bytes)."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(data):
-        number, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield number, varint()
-            continue
-        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
-        if at + size > len(data):
-            raise ValueError("the file ends too early")
-        yield number, data[at : at + size]
-        at += size

@@ -47,7 +47,8 @@ QUANTISED_FIELDS = ("quantization_config", "compression_config", "quantization")
 QUANTISED_DTYPES = re.compile(r"(F8|F6|F4)(_\w+)?|[IU](4|8|16|32)")  # of safetensors; no plain model has weights in it
 QUANTISED_NAMES = re.compile(
     r"(^|[._])(qweight|qzeros|g_idx|weight_(packed|shape|zero_point|scale(_2|_inv)?)"
-    r"|(input|activation|output|[kv])_scale|scale_inv|absmax|nested_absmax|(nested_)?quant_map|quant_state\.\w+|SCB|weight_format|W_q|codebooks"
+    r"|(input|activation|output|[kv])_scale|scale_inv|absmax|nested_absmax|(nested_)?quant_map|quant_state\.\w+"
+    r"|SCB|weight_format|W_q|codebooks"
     r"|(gate_up|down)_proj_(blocks|scales))$"
 )
 LIBRARIES = {
@@ -120,16 +121,18 @@ class Files:
     def json(self, filename: str) -> dict:
         """The JSON object in a file; empty where there is none that can be read."""
         try:
-            if self.folder and (self.folder / filename).is_file():
-                path = self.folder / filename
-            elif self.cache_dir is not None and filename in self.names:
-                path = hf_hub_download(self.name, filename, cache_dir=self.cache_dir)
-            else:
-                return {}
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = json.loads(self.path(filename).read_text(encoding="utf-8"))
         except Exception:
             return {}
         return found if isinstance(found, dict) else {}
+
+    def path(self, filename: str) -> Path:
+        """Where a file is, fetched from the Hub when it has to be. Raises what the Hub's client raises."""
+        if self.folder and (self.folder / filename).is_file():
+            return self.folder / filename
+        if self.cache_dir is None or filename not in self.names:
+            raise FileNotFoundError(filename)
+        return Path(hf_hub_download(self.name, filename, cache_dir=self.cache_dir))
 
     @cached_property
     def weights(self) -> str | None:
@@ -226,7 +229,9 @@ def refuse_on_sight(files: Files, sees: bool = False) -> None:
         _refuse_quantised(files, what, settings[0])
     _refuse_other_forms(files, what)
     _refuse_stray_shards(files, what)
-    if not settings:
+    if settings:
+        refuse_uneven_blocks(files)
+    else:
         _refuse_quantised_tensors(files, what)
     if not sees and (adapters := [name for name in files.tensors if ADAPTER.search(name)]):
         raise UserError(f"{what}: holds {_some(adapters)}: {LEFT_OVER[0][1]}")
@@ -260,6 +265,23 @@ def is_fine_grained_fp8(fields: dict) -> bool:
     settings = fields.get("quantization_config")
     fine_grained = isinstance(settings, dict) and settings.get("quant_method") == "fp8"
     return fine_grained and len(list(_quantisation(fields))) == 1
+
+
+def refuse_uneven_blocks(files: Files) -> None:
+    """Raise UserError for fine-grained float8 that transformers 5 does not dequantise, or not rightly.
+
+    That is a weight whose last block is cut off by its edge, whose scale is no plain float, or that has no scale.
+    """
+    block = files.json("config.json")["quantization_config"].get("weight_block_size")
+    for name, (dtype, shape) in files.tensors.items():
+        if not (dtype or "").startswith("F8") or name.endswith("_scale_inv") or shape is None:
+            continue
+        scale, _ = files.tensors.get(f"{name}_scale_inv", (None, None))
+        even = not block or (len(shape) == 2 and not any(size % of for size, of in zip(shape, block, strict=True)))
+        if scale not in FLOATS or not even:
+            uneven = f"{list(shape)} is not whole blocks of {block}"
+            reason = "has no scale beside it in a float type" if even else uneven
+            raise UserError(_quantised(f"--model {files.name}", f"fp8, of a form that is not read: {name} {reason}"))
 
 
 def _refuse_quantised(files: Files, what: str, found: tuple[str, dict | str]) -> None:
@@ -398,8 +420,8 @@ def refuse_differences(name: str, model: nn.Module, report: dict) -> None:
         head = model.get_output_embeddings()
         if len(missing) == 1 and head is not None and model.get_submodule(missing[0].rpartition(".")[0]) is head:
             raise UserError(
-                f"{what}: the checkpoint has no {missing[0]}: it has no head for language modelling (as embedding models "
-                "and bare bodies have none), or is incomplete; use the causal model it was made from"
+                f"{what}: the checkpoint has no {missing[0]}: it has no head for language modelling (embedding "
+                "models and bare bodies have none), or is incomplete; use the causal model it was made from"
             )
         raise UserError(
             f"{what}: the checkpoint has no {missing[0]}"
@@ -424,8 +446,8 @@ def refuse_left_over(what: str, unused: set[str], config) -> None:
     deepest, layers = max(map(_layer, unused)), _layers(config)
     if deepest >= layers > 0:
         raise UserError(
-            f"{what}: the checkpoint has {deepest + 1} layers, and its config.json says {layers}: {_some(unused)} would "
-            "be left out; correct the number of layers in config.json, or fetch the checkpoint again"
+            f"{what}: the checkpoint has {deepest + 1} layers, and its config.json says {layers}: {_some(unused)} "
+            "would be left out; correct the number of layers in config.json, or fetch the checkpoint again"
         )
     for pattern, advice in LEFT_OVER:
         if found := [key for key in unused if pattern.search(key)]:
