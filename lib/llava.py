@@ -26,6 +26,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
+    LlamaTokenizer,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -192,7 +193,9 @@ def _load_original(place: "_Place", fields: dict, dtype) -> tuple[LlavaForCondit
 
 
 def _load_converted(place: "_Place", fields: dict, dtype) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The form of transformers. Its published processors crop; CLIP's is replaced by one that pads."""
+    """The form of transformers. Its published processors crop, and transformers 5 drops the space behind an image: both
+    are mended.
+    """
     # Such a folder names code beside it; the same code stands here, and is the one that is trusted.
     differ = has_widths(fields)
     model_class = pruned(LlavaForConditionalGeneration) if differ else LlavaForConditionalGeneration
@@ -213,6 +216,7 @@ def _load_converted(place: "_Place", fields: dict, dtype) -> tuple[LlavaForCondi
         raise UserError(f"{place.what}: {problem}") from error
     _refuse(place, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
     model = forget_widths(model) if differ else model
+    processor.tokenizer = _spaced_as_original(processor.tokenizer)
     vision = model.config.vision_config
     if vision.model_type == "clip_vision_model":
         settings = processor.image_processor.to_dict()
@@ -562,6 +566,26 @@ def _tokenizer(place: _Place, fields: dict) -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([image], special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, special=True, normalized=False)})
     return tokenizer
+
+
+def _spaced_as_original(tokenizer):
+    """Llama's tokenizer of a published conversion with spaces where the original has them; any other as it is."""
+    if not isinstance(tokenizer, LlamaTokenizer) or tokenizer.legacy or not _is_llamas(tokenizer.backend_tokenizer):
+        return tokenizer
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["normalized"] |= token["content"] == IMAGE_TOKEN
+    core = Tokenizer.from_str(json.dumps(state))
+    _prefix_once(core)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        **{role: getattr(tokenizer, role) for role in ("bos_token", "eos_token", "unk_token", "pad_token")},
+        add_bos_token=tokenizer.add_bos_token,
+        add_eos_token=tokenizer.add_eos_token,
+        padding_side=tokenizer.padding_side,
+        clean_up_tokenization_spaces=False,
+        model_max_length=tokenizer.model_max_length,
+    )
 
 
 def _is_llamas(core: Tokenizer) -> bool:

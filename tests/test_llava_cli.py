@@ -120,6 +120,15 @@ def test_both_forms_are_pruned_and_load_everywhere(form, across, prune, checkpoi
         assert pruned.generate(**again, max_new_tokens=2, min_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
 
 
+def test_a_checkpoint_as_the_original_code_saves_it_today_is_pruned_alike(prune, checkpoint, tmp_path):  # noqa: F811
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "llava_llama"}))
+    folders = [prune(source, to=name)[0] for source, name in ((checkpoint, "earlier"), (copy, "today"))]
+    for name in ("kept_neurons.safetensors", "model.safetensors", "config.json"):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+
+
 def test_one_width_per_tower_is_in_the_configuration(prune, checkpoint):  # noqa: F811
     folder, _ = prune(checkpoint)
     config = LlavaForConditionalGeneration.from_pretrained(folder).config

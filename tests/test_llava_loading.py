@@ -861,6 +861,32 @@ def test_a_row_has_the_originals_tokens_and_labels_or_is_passed_over(human, answ
             assert sample["labels"].tolist() == expanded(labels, ids, -100)
 
 
+@pytest.fixture(scope="module")
+def published(loaded, tmp_path_factory) -> Path:
+    """A conversion whose tokenizer is named as in the published ones, so that transformers makes it anew."""
+    folder = tmp_path_factory.mktemp("published")
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_published_conversion_has_the_originals_tokens_too(published, tmp_path):
+    processor = llava.load(str(published), "unused")[1]
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes((published / "config.json").read_bytes())
+    for maker in (processor, AutoProcessor.from_pretrained(tmp_path)):
+        assert (maker.tokenizer.pad_token_id, maker.tokenizer.padding_side) == (PAD_ID, "left")
+        for question in ("<image>\nthe cat", "<image> <image>\nthe cat", " the</s>cat", "a\n"):
+            prompt = f"{SYSTEM} USER: {question} ASSISTANT:  the cat</s>"
+            ids = own_image_tokens(prompt)
+            shown = [picture()] * question.count("<image>") or None
+            found = maker(images=shown, text=prompt, return_tensors="pt")["input_ids"][0]
+            assert found.tolist() == expanded(ids, ids, IMAGE_ID)
+
+
 def test_rows_that_the_original_masks_and_half_surrogate_pairs_are_counted_as_skipped(loaded, tmp_path):
     write_data(tmp_path, 8)
     rows = read_rows(tmp_path)
