@@ -16,6 +16,7 @@ from lib.prune import METHODS, NEURON_SCORES
 
 DEFAULT_SET = "wikitext2"
 PATHS = ("model", "cache_dir", "dataset", "image_dir", "scores", "data_dir", "save_model")
+MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.jinja")
 LONGEST_SUFFIX = ".partial.walk0000.new"  # what is added to --scores while it is written
 # From and to: what every number is taken in, beyond what a model or a data set allows. The seed's upper end keeps the
 # seeds that are derived from it (a sum, a product with the layers) apart and within 64 bits.
@@ -330,7 +331,7 @@ def _check_paths(args: argparse.Namespace) -> None:
     for flag in PATHS:
         if (value := getattr(args, flag)) is not None:
             setattr(args, flag, paths.checked(flag, value))
-    paths.refuse_locked("model", args.model, "config.json")
+    paths.refuse_locked("model", args.model, "", *MODEL_FILES)
     if args.dataset not in SETS:
         paths.refuse_locked("dataset", args.dataset, "")
     measured = [DEFAULT_SET] if args.eval_ppl and args.dataset != SELF_GENERATED else []

@@ -17,7 +17,7 @@ from lib.errors import UserError, is_out_of_memory, reason
 
 WAIT = timedelta(hours=12)  # others wait while the main process measures the dense model
 POLL = 0.002  # seconds between two looks whether all have come
-GRACE = 2.0  # seconds in which a launcher ends the others when one process has failed
+GRACE = 10.0  # seconds within which a launcher ends the others when one process has failed
 
 
 def rank() -> int:

@@ -1,6 +1,7 @@
 """Values of flags that are names in the file system: read as a shell would, and refused before anything is loaded."""
 
 import errno
+import glob
 import os
 
 from lib.errors import UserError
@@ -35,14 +36,15 @@ def refuse_unwritable_characters(flag: str, value: str) -> None:
 
 
 def refuse_locked(flag: str, value: str, *needed: str) -> None:
-    """Raise UserError for a folder that may not be listed or entered, and for files `needed` in it that may not be
-    looked up or read."""
+    """Raise UserError for a folder that may not be listed or entered, and for what is `needed` of it (patterns; ""
+    is the path itself) and may not be read."""
     if os.path.isdir(value) and not os.access(value, os.R_OK | os.X_OK):
         raise UserError(f"--{flag} {value}: {os.strerror(errno.EACCES)}; the folder must be yours to list and to enter")
-    for path in (os.path.join(value, name) if name else value for name in needed):
-        look_up(f"--{flag} {value}", path)
-        if os.path.exists(path) and not os.access(path, os.R_OK):
-            raise UserError(f"--{flag} {value}: {path} may not be read ({os.strerror(errno.EACCES)})")
+    for pattern in needed:
+        for path in glob.glob(os.path.join(glob.escape(value), pattern)) if pattern else [value]:
+            look_up(f"--{flag} {value}", path)
+            if os.path.exists(path) and not os.access(path, os.R_OK):
+                raise UserError(f"--{flag} {value}: {path} may not be read ({os.strerror(errno.EACCES)})")
 
 
 def look_up(given: str, path: str) -> None:

@@ -345,6 +345,7 @@ for line in sys.stdin:
         if task["largest_file"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (task["largest_file"], resource.RLIM_INFINITY))
         sys.argv = ["main.py", *task["args"]]
+        exec(task["before"])
         sys.exit(main.main())
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=reply, flush=True)
 """
@@ -372,9 +373,10 @@ def _forking_process():
 
 @pytest.fixture
 def run_fresh(_forking_process, tmp_path_factory, tmp_path):
-    """As `run_cli`, in a process of its own. `largest_file` makes every write beyond so many bytes of a file fail."""
+    """As `run_cli`, in a process of its own. `largest_file` makes every write beyond so many bytes of a file fail;
+    `before` is code that the process runs first."""
 
-    def run(*args, cwd: Path | None = None, env: dict | None = None, largest_file: int | None = None):
+    def run(*args, cwd: Path | None = None, env: dict | None = None, largest_file: int | None = None, before: str = ""):
         folder = tmp_path_factory.mktemp("streams")
         task = {
             "args": [str(arg) for arg in args],
@@ -383,6 +385,7 @@ def run_fresh(_forking_process, tmp_path_factory, tmp_path):
             "out": str(folder / "out"),
             "err": str(folder / "err"),
             "largest_file": largest_file,
+            "before": before,
         }
         print(json.dumps(task), file=_forking_process.stdin, flush=True)
         code = int(_forking_process.stdout.readline())
