@@ -23,10 +23,10 @@ from transformers import (
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
+    LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
-    LlamaTokenizer,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
