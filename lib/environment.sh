@@ -16,7 +16,8 @@ ensure_environment() {
         exit 2
     fi
     if [ ! -x "$VENV/bin/python" ]; then
-        "$python" -m venv "$VENV" || { echo "error: cannot make $VENV (on Debian: apt install python3-venv)" >&2; exit 2; }
+        "$python" -m venv "$VENV" ||
+            { echo "error: cannot make $VENV (on Debian: apt install python3-venv)" >&2; exit 2; }
     fi
     for file in "$@"; do
         stamp="$VENV/.installed-$(basename "$file")"
@@ -28,7 +29,7 @@ ensure_environment() {
             case "$file" in *-nodeps.txt) options=--no-deps ;; *) options= ;; esac
             "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --no-warn-conflicts -c constraints.txt \
                 $options -r "$file" ||
-                { echo "error: cannot install $file (the lines above say why); run it again, what is there is kept" >&2; exit 2; }
+                { echo "error: cannot install $file (the lines above say why)" >&2; exit 2; }
             cat constraints.txt requirements*.txt > "$stamp"
         fi
     done

@@ -107,7 +107,9 @@ def _readable(read):
         except (UserError, MemoryError):
             raise
         except ImportError as error:
-            raise UserError(f"--model {self.path}: needs gguf: pip install -r requirements-gguf.txt ({error})") from error
+            raise UserError(
+                f"--model {self.path}: needs gguf: pip install -r requirements-gguf.txt ({error})"
+            ) from error
         except Exception as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(
@@ -379,9 +381,8 @@ class GgufFile:
             raise self._refuse(f"{unused[0]} (of {len(unused)} such tensors) has no place in {model_class.__name__}")
         state = {}
         for name in self.tensors:
-            result = processor.process(
-                weights=self.tensor(name).numpy(), name=name, tensor_key_mapping=names, parsed_parameters={"tensors": state}
-            )
+            values, others = self.tensor(name).numpy(), {"tensors": state}
+            result = processor.process(values, name, tensor_key_mapping=names, parsed_parameters=others)
             if result.name in names:
                 state[names[result.name]] = torch.from_numpy(np.ascontiguousarray(result.weights)).to(dtype)
         model, found = model_class.from_pretrained(

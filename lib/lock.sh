@@ -15,7 +15,7 @@ for file in requirements*.txt; do
     case "$file" in *-nodeps.txt) nodeps+=("$file") ;; *) complete+=("$file") ;; esac
 done
 
-# resolve ARGUMENTS FILE...: the lines that lock every FILE; the present lock decides where more than one version would do
+# resolve ARGUMENTS FILE...: the lines that lock every FILE, as the present lock does wherever that is still possible
 resolve() {
     cp constraints.txt "$work/resolved"
     "$UV" --no-config pip compile -q --universal --python-version 3.10 --no-header --annotation-style line \
@@ -26,8 +26,8 @@ resolve() {
 work="$(mktemp -d)"
 trap 'rm -r "$work"' EXIT
 {
-    echo "# Every package that requirements*.txt bring, complete: the versions that the tests and every figure in the README"
-    echo "# were run with. Made from constraints.in and requirements*.txt by: bash lib/lock.sh"
+    echo "# Every package that requirements*.txt bring, complete: the versions that the tests and every figure in the"
+    echo "# README were run with. Made from constraints.in and requirements*.txt by: bash lib/lock.sh"
     resolve "$@" "${complete[@]}"
     echo "# Installed without what they declare (*-nodeps.txt):"
     resolve "$@" --no-deps "${nodeps[@]}"

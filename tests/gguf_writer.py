@@ -67,10 +67,11 @@ def entries(model) -> dict:
     return found
 
 
-def write(path: Path, model, more: dict | None = None, extra: dict | None = None, without=(), parts: int = 1, pre="default"):
+def write(path: Path, model, more: dict | None = None, extra: dict | None = None, without=(), parts=1, pre="default"):
     """Write `model` with its tokenizer: `more` entries of the architecture's (None leaves one out), `extra` tensors."""
     architecture = ARCHITECTURES.get(model.config.model_type, model.config.model_type)
-    paths = [path] if parts == 1 else [path.with_name(f"{path.stem}-{n:05d}-of-{parts:05d}{path.suffix}") for n in range(1, parts + 1)]  # fmt: skip
+    names = [f"{path.stem}-{number:05d}-of-{parts:05d}{path.suffix}" for number in range(1, parts + 1)]
+    paths = [path] if parts == 1 else [path.with_name(name) for name in names]
     every = {name: t for name, t in {**tensors(model), **(extra or {})}.items() if name not in without}
     for number, file in enumerate(paths):
         writer = gguf.GGUFWriter(str(file), architecture)

@@ -74,7 +74,9 @@ FAMILIES = {
     "gemma2, caps": Gemma2Config(
         **SIZES, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
     ),
-    "gemma3": Gemma3TextConfig(**SIZES | {"num_hidden_layers": 7}, head_dim=16, query_pre_attn_scalar=16, sliding_window=16),
+    "gemma3": Gemma3TextConfig(
+        **SIZES | {"num_hidden_layers": 7}, head_dim=16, query_pre_attn_scalar=16, sliding_window=16
+    ),
     "starcoder2": Starcoder2Config(
         **SIZES, norm_epsilon=1e-4, rope_parameters={"rope_type": "default", "rope_theta": 5e4}
     ),
@@ -129,7 +131,8 @@ YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.o
         (
             scaled("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8.0, beta_slow=2.0,
                    attention_factor=1.5 * (1 + 0.1 * math.log(4))),
-            YARN | {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 2.0, "rope.scaling.attn_factor": 1.5},
+            YARN
+            | {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 2.0, "rope.scaling.attn_factor": 1.5},
         ),
     ],
 )  # fmt: skip
@@ -159,7 +162,8 @@ def test_gemma3_scales_its_global_layers_alone(tmp_path):
 def test_the_rope_of_llama_3_is_recognised_in_its_tensor(factor, tmp_path):
     constants = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     # One of the four frequencies is scaled in full and one in part, with this base.
-    config = LlamaConfig(**SIZES, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, **constants})
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, **constants}
+    config = LlamaConfig(**SIZES, rope_parameters=rope)
     model = tiny(config)
     factors = 5e5 ** (-torch.arange(0, HEAD, 2) / HEAD) / model.model.rotary_emb.inv_freq
     assert factors[0] == 1 and factors[-1] == pytest.approx(factor)
@@ -169,7 +173,8 @@ def test_the_rope_of_llama_3_is_recognised_in_its_tensor(factor, tmp_path):
 
 
 def test_other_factors_of_rope_give_their_frequencies(tmp_path):
-    config = scaled("llama3", factor=3.0, low_freq_factor=1.0, high_freq_factor=2.0, original_max_position_embeddings=64)
+    constants = {"low_freq_factor": 1.0, "high_freq_factor": 2.0, "original_max_position_embeddings": 64}
+    config = scaled("llama3", factor=3.0, **constants)
     model = tiny(config)
     factors = rope_freqs(config)
     assert factors.max() > 2.9
@@ -181,7 +186,8 @@ def test_other_factors_of_rope_give_their_frequencies(tmp_path):
 def test_phi3_has_its_two_lists_of_factors(part, tmp_path):
     count = int(HEAD * part) // 2
     short, long = [1.0 + 0.2 * n for n in range(count)], [1.5 + n for n in range(count)]
-    rope = {"rope_type": "longrope", "short_factor": short, "long_factor": long, "rope_theta": 1e4, "partial_rotary_factor": part}
+    rope = {"rope_type": "longrope", "short_factor": short, "long_factor": long, "rope_theta": 1e4,
+            "partial_rotary_factor": part}  # fmt: skip
     model = tiny(Phi3Config(**SIZES, original_max_position_embeddings=32, rope_parameters=rope))
     more = {"rope.scaling.original_context_length": 32, "rope.scaling.type": "longrope",
             "rope.scaling.attn_factor": math.sqrt(1 + math.log(CONTEXT / 32) / math.log(32))}  # fmt: skip
@@ -266,7 +272,8 @@ def test_nothing_that_lies_beside_a_file_is_read(tmp_path):
     assert found.config.num_hidden_layers == 3
     text = sentences(1)[0]
     _, tokenizer = read(tmp_path / "M.GGUF")
-    assert tokenizer(text, add_special_tokens=False).input_ids == make_tokenizer()(text, add_special_tokens=False).input_ids
+    own, expected = (t(text, add_special_tokens=False).input_ids for t in (tokenizer, make_tokenizer()))
+    assert own == expected
 
 
 @pytest.mark.parametrize(
