@@ -308,6 +308,8 @@ def _adds_up(layer: Layer, tape: Tape, index: int, device: torch.device) -> bool
     Only then is what the stream lacks also what the MLP's output lacks.
     """
     hidden = tape.input(index, 0)
+    if hidden.ndim > 3:  # several streams (Gemma 3n), of which the MLP sees a mixture
+        return False
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(hidden.shape, generator=generator) * hidden.float().std()
     outputs = []

@@ -30,7 +30,7 @@ from lib.tape import HiddenStates, NotFinite
 
 TOKENS, SAMPLES = 8, 2
 VOCABULARY = 64  # tokens that the cut model knows
-LARGEST = 4 * GIB  # bytes of a cut model
+LARGEST = 4 * GIB  # bytes of a cut model; of one that cannot be cut, a quarter
 WORTH_SAYING = 1.0  # seconds; a shorter dry run is no phase of its own
 FULL_DISK = ("os error", "No space left", "PytorchStreamWriter", "unexpected pos", "File too large")
 
@@ -45,10 +45,28 @@ def dry_run(args: argparse.Namespace, loaded: Loaded, ratios: Sequence[float], r
         return
     with record.phase("dry run"), torch.random.fork_rng(devices=[]):
         cut = _cut(loaded)
-        if cut is not None:
+        if cut is None:
+            _refuse_what_does_not_run(args, loaded)
+        else:
             _refuse_what_fails(args, cut, max(ratios), record)
     if record.seconds["dry run"] < WORTH_SAYING:
         del record.seconds["dry run"]
+
+
+def _refuse_what_does_not_run(args: argparse.Namespace, loaded: Loaded) -> None:
+    """Raise UserError where the family's own code fails on two tokens."""
+    try:
+        with loaded.placement.running(), torch.no_grad():
+            loaded.model(input_ids=torch.arange(2, device=loaded.placement.main)[None], use_cache=False)
+    except Exception as error:
+        if not _is_want_of_room(error):
+            raise UserError(
+                f"--model {args.model}: the model cannot be run, its configuration may be wrong ({_reason(error)})"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
 
 
 def _refuse_what_fails(args: argparse.Namespace, cut: Loaded, ratio: float, record: Run) -> None:
@@ -61,10 +79,9 @@ def _refuse_what_fails(args: argparse.Namespace, cut: Loaded, ratio: float, reco
             return
         if isinstance(error, UserError):
             raise UserError(f"{str(error).replace('; nothing was kept', '')} (a dry run, before scoring)") from error
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
         raise UserError(
             f"--model {args.model}: a dry run of this command on {len(cut.layers)} layers failed, before scoring "
-            f"({reason}); please report the model family '{cut.model.config.model_type}'"
+            f"({_reason(error)}); please report the model family '{cut.model.config.model_type}'"
         ) from error
 
 
@@ -170,15 +187,16 @@ class _Whole(_Cut):
 def _cut(loaded: Loaded) -> Loaded | None:
     """The model's first layers as a model of their own, to be scored on the CPU; None where that cannot be built."""
     model, dtype = loaded.model, loaded.resources.dtype
-    count = _enough_layers(loaded.layers, model.config)
-    for vocabulary in (VOCABULARY, None):
+    total = len(loaded.layers)
+    enough = _enough_layers(loaded.layers, model.config)
+    for count, vocabulary, limit in ((enough, VOCABULARY, LARGEST), (enough, None, LARGEST), (total, None, LARGEST / 4)):
         try:
-            config = _shortened(model.config, len(loaded.layers), count, vocabulary)
+            config = _shortened(model.config, total, count, vocabulary)
             empty = skeleton(type(model), type(config).from_dict(config.to_dict()))
             weights = _weights_of(empty, loaded)
-            if weights is None or _bytes(weights, dtype) > min(LARGEST, available_bytes() / 4):
+            if weights is None or _bytes(weights, dtype) > min(limit, available_bytes() / 4):
                 continue
-            kind = _Whole if count == len(loaded.layers) else _Cut
+            kind = _Whole if count == total and vocabulary is None else _Cut
             source = kind(type(model), config, weights, model.generation_config, loaded.own_dtype)
             return _ready(loaded, source)
         except Exception:  # an odd family: its own code does not take such a configuration
@@ -219,7 +237,7 @@ def _shortened(config, n_layers: int, count: int, vocabulary: int | None):
     for name, held in list(vars(part).items()):
         if isinstance(held, (list, tuple)) and len(held) == n_layers and n_layers > 1:
             setattr(part, name, held[:count])
-        elif type(held) is int and held == n_layers and "layer" in name:
+        elif type(held) is int and held == n_layers and name.endswith(("layer", "layers")):
             setattr(part, name, count)
         elif vocabulary and type(held) is int and "vocab_size" in name:
             setattr(part, name, min(held, vocabulary))

@@ -2,12 +2,17 @@
 
 import torch
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
+    BambaConfig,
     BloomConfig,
     CohereConfig,
     FalconConfig,
+    FalconH1Config,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     GlmConfig,
     GPT2Config,
@@ -17,11 +22,13 @@ from transformers import (
     MptConfig,
     NemotronConfig,
     OlmoConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    RecurrentGemmaConfig,
     Starcoder2Config,
     XGLMConfig,
 )
@@ -45,6 +52,29 @@ FC_IN_LAYER = (lambda layer: layer, ("fc1",), "fc2", 1)
 C_FC = (lambda layer: layer.mlp, ("c_fc",), "c_proj", 1)
 FC_IN_OUT = (lambda layer: layer.mlp, ("fc_in",), "fc_out", 1)
 DENSE_4H = (lambda layer: layer.mlp, ("dense_h_to_4h",), "dense_4h_to_h", 1)
+
+MAMBA = dict(mamba_n_heads=4, mamba_d_head=12, mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=4)
+GEMMA4_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
+GEMMA3N = dict(
+    head_dim=12,
+    num_hidden_layers=2,
+    layer_types=["sliding_attention", "full_attention"],
+    sliding_window=4,
+    vocab_size_per_layer_input=64,
+    hidden_size_per_layer_input=8,
+    laurel_rank=4,
+    num_kv_shared_layers=0,
+    activation_sparsity_pattern=[0.0, 0.0],
+)
+GEMMA4 = dict(
+    head_dim=12,
+    global_head_dim=16,
+    layer_types=GEMMA4_LAYERS,
+    sliding_window=4,
+    vocab_size_per_layer_input=64,
+    hidden_size_per_layer_input=8,
+    num_kv_shared_layers=0,
+)
 
 # name -> (configuration class, its own arguments, where the layers are, how an MLP is laid out)
 FAMILIES = {
@@ -75,8 +105,37 @@ FAMILIES = {
     "gpt_neox": (GPTNeoXConfig, dict(intermediate_size=50), "gpt_neox.layers", DENSE_4H),
     "falcon": (FalconConfig, dict(ffn_hidden_size=50), "transformer.h", DENSE_4H),
     "bloom": (BloomConfig, {}, "transformer.h", DENSE_4H),
+    # Activations with parameters of their own; layers of two kinds; a list of widths, and hidden states in four
+    # streams; widths of heads that differ by layer; buffers that the model sets in its layers; layers that return lists.
+    "apertus": (ApertusConfig, dict(intermediate_size=50), "model.layers", UP_DOWN),
+    "bamba": (
+        BambaConfig,
+        dict(intermediate_size=50, attn_layer_indices=[1]) | MAMBA,
+        "model.layers",
+        (lambda layer: layer.feed_forward, *GATED[1:]),
+    ),
+    "falcon_h1": (
+        FalconH1Config,
+        dict(intermediate_size=50, head_dim=12, mamba_d_ssm=48) | MAMBA,
+        "model.layers",
+        (lambda layer: layer.feed_forward, *GATED[1:]),
+    ),
+    "gemma3n": (Gemma3nTextConfig, dict(intermediate_size=[50, 50]) | GEMMA3N, "model.layers", GATED),
+    "gemma4": (Gemma4TextConfig, dict(intermediate_size=50) | GEMMA4, "model.layers", GATED),
+    "openai_gpt": (OpenAIGPTConfig, dict(n_embd=24, n_layer=3, n_head=2, n_positions=64), "transformer.h", C_FC),
+    "recurrent_gemma": (
+        RecurrentGemmaConfig,
+        dict(intermediate_size=100, lru_width=24, attention_window_size=4, head_dim=12)
+        | dict(block_types=["recurrent", "recurrent", "attention"]),
+        "model.layers",
+        (lambda layer: layer.mlp_block, *GATED[1:]),
+    ),
 }
-FIXED_WIDTH = ("mpt", "bloom")  # their code makes the MLP 4 times the hidden size
+# Their code makes the MLP 4 times the hidden size, or half of what the configuration says.
+FIXED_WIDTH = ("mpt", "bloom", "openai_gpt", "recurrent_gemma")
+
+# Their own configuration says a width for every layer, so results with widths that differ need no code beside them.
+WIDTH_BY_LAYER = ("gemma3n",)
 
 
 def build(family):

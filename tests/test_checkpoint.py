@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GATED, special_tokens, write_model
-from families import FAMILIES, FIXED_WIDTH, build
+from families import FAMILIES, FIXED_WIDTH, WIDTH_BY_LAYER, build
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from lib import checkpoint, target
@@ -67,7 +67,7 @@ def assert_same(found, model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_folder_loads_generates_and_saves_again(tmp_path, family, differing):
     model = saved(tmp_path / "once", family, differing, ["hf"])
-    remote = differing or family in FIXED_WIDTH
+    remote = differing and family not in WIDTH_BY_LAYER or family in FIXED_WIDTH
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "once", trust_remote_code=remote or None)
     assert_same(found, model)
     assert found.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 8)
@@ -86,7 +86,14 @@ def test_model_bin_is_rebuilt_with_equal_logits(tmp_path, family, differing):
     assert found.generate(IDS, max_new_tokens=2, do_sample=False).shape[0] == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["apertus", "gemma4"])
+def test_model_bin_is_rebuilt_when_it_was_saved_after_a_folder(tmp_path, family):
+    model = saved(tmp_path / "out", family, True, ["hf", "bin"])
+    assert_same(checkpoint.load_bin(tmp_path / "out")[0], model)
+    assert_same(torch.load(tmp_path / "out" / "model.bin", weights_only=False)["model"], model)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WIDTH_BY_LAYER])
 def test_differing_widths_without_trust_fail_loudly(tmp_path, family):
     saved(tmp_path / "out", family, True, ["hf"])
     with pytest.raises(Exception):  # noqa: B017  transformers chooses the kind; silence would be the fault

@@ -201,6 +201,7 @@ def hidden_after(model, index, batches):
         for batch in batches:
             model(**batch.inputs, use_cache=False)
     hook.remove()
+    held = [h if h.ndim == 3 else h[0] for h in held]  # the first of several streams is the one that is read
     return torch.cat([h[b.real] for h, b in zip(held, batches)])
 
 
