@@ -1,4 +1,4 @@
-"""A model's configuration is looked at before anything is believed of it: whatever it says ends in a model or a line."""
+"""A model's configuration is looked at before anything is believed of it: what it says ends in a model or a line."""
 
 import warnings
 from collections.abc import Iterator, Sequence

@@ -64,7 +64,9 @@ def start(cuda: bool) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         if is_out_of_memory(error):
             raise
-        raise UserError(f"WORLD_SIZE {world()}: the processes cannot meet ({reason(error)}); {_HOW_TO_START}") from error
+        raise UserError(
+            f"WORLD_SIZE {world()}: the processes cannot meet ({reason(error)}); {_HOW_TO_START}"
+        ) from error
 
 
 def device(cuda: bool) -> torch.device:
@@ -126,4 +128,6 @@ def _together(begin: Callable[[], dist.Work]) -> None:
         if is_out_of_memory(error):
             raise
         time.sleep(GRACE)  # a launcher says which process failed, and ends this one without a word of its own
-        raise UserError(f"another process has ended ({reason(error)}); see what it said, or the system's log") from error
+        raise UserError(
+            f"another process has ended ({reason(error, 60)}); see what it said, or the system's log"
+        ) from error
