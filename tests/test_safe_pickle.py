@@ -133,7 +133,8 @@ def test_quantised_weights_are_not_taken_for_plain_ones(tmp_path, model):
 
 @pytest.mark.parametrize("words", [
     Call(Trainer, "a"), Call(pipeline, "a"), Call(AutoTokenizer.from_pretrained, "a"), Call(AutoModelForCausalLM, "a"),
-    Call(LlamaConfig, 5), Call(torch.zeros, 10**12), {"a": [torch.ones(2)]}, [[Call(torch.device, "cpu")]], torch.Tensor,
+    Call(LlamaConfig, 5), Call(torch.zeros, 10**12), {"a": [torch.ones(2)]}, [[Call(torch.device, "cpu")]],
+    torch.Tensor,
 ], ids=str)  # fmt: skip
 def test_only_data_come_beside_the_model(tmp_path, model, words):
     torch.save({"model": model, "tokenizer": words}, tmp_path / "model.bin")
@@ -211,7 +212,7 @@ NESTED = 100_000
     (b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b".", "opcode"),  # LONG4
     (b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"a.", "ends too early"),
     (b"\x80\x02})" + b"\x85" * NESTED + b"Ns.", "key"),
-    (b"\x80\x02})q\0" + b"0h\0h\0\x86q\0" * 60 + b"Ns.", "key"),  # a tuple that takes 2 ** 60 steps to hash
+    (b"\x80\x02})q\0" + b"0h\0h\0\x86q\0" * 60 + b"Ns.", "key"),  # takes 2 ** 60 steps to hash
     (b"\x80\x02" + b"]" * NESTED + b"a" * (NESTED - 1) + b".", "does not hold a model"),
     (b"\x80\x02}X\x05\0\0\0model" + b"]" * NESTED + b"a" * (NESTED - 1) + b"s.", "does not hold a model"),
     (b"\x80\x02" + b"(" * NESTED + b".", "damaged"),
@@ -301,7 +302,9 @@ def test_a_weight_never_reaches_beyond_its_storage(tmp_path, model, offset, shap
     assert_refused(tmp_path, "weight")
 
 
-@pytest.mark.parametrize("weight", [Call(os.getcwd), Call(torch.zeros, 3), "text", [1.0], Call(torch._utils._rebuild_parameter)])
+@pytest.mark.parametrize("weight", [
+    Call(os.getcwd), Call(torch.zeros, 3), "text", [1.0], Call(torch._utils._rebuild_parameter),
+])  # fmt: skip
 def test_a_weight_is_nothing_else(tmp_path, model, weight):
     model.lm_head._parameters["weight"] = weight
     torch.save({"model": model, "tokenizer": tokenizer()}, tmp_path / "model.bin")
