@@ -219,7 +219,8 @@ NESTED = 100_000
     (b"\x80\x02" + b"2" * 10 + b".", "opcode"),  # DUP
     (b"\x80\x02ctorch\nload", "damaged"),
     (b"", "ends too early"),
-], ids=["memo", "long", "text", "nested key", "shared key", "nested list", "nested model", "marks", "dup", "name", "empty"])  # fmt: skip
+], ids=["memo", "long", "text", "nested key", "shared key", "nested list", "nested model", "marks", "dup", "name",
+        "empty"])  # fmt: skip
 def test_a_hostile_program_neither_crashes_nor_takes_memory(tmp_path, program, saying):
     write(tmp_path, {"x/data.pkl": program})
     assert_refused(tmp_path, saying)
@@ -266,8 +267,9 @@ def test_the_other_byte_order_is_not_taken_for_this_one(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["run", "weights", "rebuild"])
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-                                   OSError(12, "Cannot allocate memory")], ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(12, "Cannot allocate memory"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_memory_that_runs_out_is_said_and_is_no_damage(tmp_path, monkeypatch, where, error):
     saved(tmp_path, formats=["bin"])
 
