@@ -121,7 +121,8 @@ def verify(folder: Path, model: nn.Module, inputs: dict[str, torch.Tensor], form
     for form in formats:
         try:
             found = load_folder(folder) if form == "hf" else load_bin(folder)[0]
-            reason = _different_weights(found, model) or _different_logits(logits_in(found, inputs, dtype), wanted, dtype)
+            reason = _different_weights(found, model)
+            reason = reason or _different_logits(logits_in(found, inputs, dtype), wanted, dtype)
         except Exception as error:
             if is_out_of_memory(error):  # says nothing of the result
                 raise
@@ -152,9 +153,9 @@ def _finite_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[t
 
 @torch.no_grad()
 def logits_in(model: nn.Module, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """Logits `[batch, tokens, vocabulary]`, float32, computed in `dtype`; the model has its own dtypes again afterwards.
+    """Logits `[batch, tokens, vocabulary]` as float32, computed in `dtype`; then the model has its own dtypes again.
 
-    The weights survive unchanged where `dtype` holds all values of their own.
+    The weights are unchanged if `dtype` holds all values of their own.
     """
     own = {tensor: tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
     if dtype == model.dtype:
@@ -330,4 +331,5 @@ def _trusted(path: Path, dtype: torch.dtype | str) -> tuple[nn.Module, object]:
     found = torch.load(path, map_location="cpu", weights_only=False)
     model, state = found["model"], found["model"].state_dict()
     model_class, config = fitting(type(model), model.config, state)
-    return rebuild(model_class, config, state, model.generation_config, dtype), found.get("processor", found["tokenizer"])
+    processor = found["processor"] if "processor" in found else found["tokenizer"]
+    return rebuild(model_class, config, state, model.generation_config, dtype), processor

@@ -10,7 +10,7 @@ import pickle
 import struct
 from dataclasses import dataclass
 
-MOST_OPCODES = 20_000_000  # a tokenizer with 256,000 tokens and its merges takes 5 million
+MOST_OPCODES = 10_000_000  # a tokenizer with 256,000 tokens and its merges takes 5 million
 LARGEST_KEY = 2**60  # larger whole numbers may be chosen so that all have the same hash
 DICTIONARIES = {("collections", "OrderedDict"), ("collections", "defaultdict")}
 

@@ -106,7 +106,7 @@ def _refuse_differences(empty: nn.Module, state: Mapping[str, Tensor]) -> None:
         if tuple(weight.shape) != wanted[name].shape:
             raise RefusedPickleError(f"holds {name[:80]} in another shape than its configuration says")
         if weight.dtype.is_floating_point != wanted[name].dtype.is_floating_point:
-            raise RefusedPickleError(f"holds {name[:80]} as {weight.dtype}, so it may be quantised; save it unquantised")
+            raise RefusedPickleError(f"holds {name[:80]} as {weight.dtype}; it may be quantised, save it unquantised")
 
 
 @contextmanager

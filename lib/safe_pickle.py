@@ -172,7 +172,7 @@ def _program(path: Path, archive: zipfile.ZipFile) -> tuple[str, bytes]:
     torch compresses nothing and stores nothing twice, so what the archive unpacks to is never larger than its file.
     """
     records = archive.infolist()
-    if any(record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size for record in records):
+    if any(r.compress_type != zipfile.ZIP_STORED or r.compress_size != r.file_size for r in records):
         raise RefusedPickleError("is compressed, which torch.save does not do")
     if sum(record.file_size for record in records) > path.stat().st_size:
         raise RefusedPickleError("claims to hold more than the file does")

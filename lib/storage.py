@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def unshare(model: nn.Module) -> nn.Module:
-    """Copy every parameter and buffer that lies in memory of another one, or repeats its own: each can be written alone.
+    """Copy parameters and buffers that lie in memory of others, or repeat their own: each can then be written alone.
 
     A merge of layers, a view of a larger tensor or an expanded one shares memory without saying so. Weights that the
     configuration ties are one parameter under two names, and stay one. Nothing else is copied, so what is mapped from a
@@ -41,8 +41,8 @@ def span(tensor: Tensor) -> int:
 def repeats_itself(tensor: Tensor) -> bool:
     """Whether two elements of a tensor may lie in the same place, as in an expanded one."""
     covered = 1
-    for step, size in sorted((step, size) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1):
-        if step < covered:
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step < covered:
             return True
         covered = step * (size - 1) + covered
     return False

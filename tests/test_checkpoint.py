@@ -201,8 +201,8 @@ def test_float16_that_overflows_is_verified_in_float32(tmp_path, form):
     model = overflowing(tmp_path, [form])
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     checkpoint.verify(tmp_path, model, {"input_ids": IDS}, [form])
-    after = model.state_dict()
-    assert all(torch.equal(weight, after[name]) and weight.dtype == after[name].dtype for name, weight in before.items())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]) and weight.dtype == before[name].dtype
 
 
 def test_what_only_logits_see_is_seen_where_float16_overflows(tmp_path):
@@ -231,8 +231,10 @@ def test_tokens_that_a_model_forbids_do_not_disturb_verification(tmp_path, monke
         checkpoint.verify(tmp_path / "out", model, {"input_ids": IDS}, ["hf"])
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
-                                   torch.OutOfMemoryError("CUDA out of memory")], ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_memory_that_runs_out_while_verifying_is_no_difference(tmp_path, monkeypatch, error):
     model = saved(tmp_path / "out")
 

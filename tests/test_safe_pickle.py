@@ -9,13 +9,13 @@ import zipfile
 
 import pytest
 import torch
-from test_checkpoint import IDS, logits, pruned_model, saved, tokenizer
+from test_checkpoint import logits, pruned_model, saved, tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Trainer, pipeline
 
 from lib import checkpoint, inert_pickle, safe_pickle
 from lib.errors import OutOfMemory, UserError
-from lib.inert_pickle import Built, Name, RefusedPickleError
+from lib.inert_pickle import Built, RefusedPickleError
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
@@ -133,7 +133,8 @@ def test_quantised_weights_are_not_taken_for_plain_ones(tmp_path, model):
 
 @pytest.mark.parametrize("words", [
     Call(Trainer, "a"), Call(pipeline, "a"), Call(AutoTokenizer.from_pretrained, "a"), Call(AutoModelForCausalLM, "a"),
-    Call(LlamaConfig, 5), Call(torch.zeros, 10**12), {"a": [torch.ones(2)]}, [[Call(torch.device, "cpu")]], torch.Tensor,
+    Call(LlamaConfig, 5), Call(torch.zeros, 10**12), {"a": [torch.ones(2)]}, [[Call(torch.device, "cpu")]],
+    torch.Tensor,
 ], ids=str)  # fmt: skip
 def test_only_data_come_beside_the_model(tmp_path, model, words):
     torch.save({"model": model, "tokenizer": words}, tmp_path / "model.bin")
@@ -211,14 +212,15 @@ NESTED = 100_000
     (b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b".", "opcode"),  # LONG4
     (b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"a.", "ends too early"),
     (b"\x80\x02})" + b"\x85" * NESTED + b"Ns.", "key"),
-    (b"\x80\x02})q\0" + b"0h\0h\0\x86q\0" * 60 + b"Ns.", "key"),  # a tuple that takes 2 ** 60 steps to hash
+    (b"\x80\x02})q\0" + b"0h\0h\0\x86q\0" * 60 + b"Ns.", "key"),  # takes 2 ** 60 steps to hash
     (b"\x80\x02" + b"]" * NESTED + b"a" * (NESTED - 1) + b".", "does not hold a model"),
     (b"\x80\x02}X\x05\0\0\0model" + b"]" * NESTED + b"a" * (NESTED - 1) + b"s.", "does not hold a model"),
     (b"\x80\x02" + b"(" * NESTED + b".", "damaged"),
     (b"\x80\x02" + b"2" * 10 + b".", "opcode"),  # DUP
     (b"\x80\x02ctorch\nload", "damaged"),
     (b"", "ends too early"),
-], ids=["memo", "long", "text", "nested key", "shared key", "nested list", "nested model", "marks", "dup", "name", "empty"])  # fmt: skip
+], ids=["memo", "long", "text", "nested key", "shared key", "nested list", "nested model", "marks", "dup", "name",
+        "empty"])  # fmt: skip
 def test_a_hostile_program_neither_crashes_nor_takes_memory(tmp_path, program, saying):
     write(tmp_path, {"x/data.pkl": program})
     assert_refused(tmp_path, saying)
@@ -265,8 +267,9 @@ def test_the_other_byte_order_is_not_taken_for_this_one(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["run", "weights", "rebuild"])
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-                                   OSError(12, "Cannot allocate memory")], ids=lambda error: type(error).__name__)  # fmt: skip
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), OSError(12, "Cannot allocate memory"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_memory_that_runs_out_is_said_and_is_no_damage(tmp_path, monkeypatch, where, error):
     saved(tmp_path, formats=["bin"])
 
@@ -301,7 +304,9 @@ def test_a_weight_never_reaches_beyond_its_storage(tmp_path, model, offset, shap
     assert_refused(tmp_path, "weight")
 
 
-@pytest.mark.parametrize("weight", [Call(os.getcwd), Call(torch.zeros, 3), "text", [1.0], Call(torch._utils._rebuild_parameter)])
+@pytest.mark.parametrize("weight", [
+    Call(os.getcwd), Call(torch.zeros, 3), "text", [1.0], Call(torch._utils._rebuild_parameter),
+])  # fmt: skip
 def test_a_weight_is_nothing_else(tmp_path, model, weight):
     model.lm_head._parameters["weight"] = weight
     torch.save({"model": model, "tokenizer": tokenizer()}, tmp_path / "model.bin")

@@ -66,6 +66,7 @@ def test_kept_scores_serve_other_runs(first, then, kept, tmp_path, monkeypatch):
     _, out = kept(*first, "--scores", scores)
     assert "kept for the next run" in out
     wanted, _ = kept(*then)
+    monkeypatch.setattr("lib.dry_run.dry_run", lambda *_: None)
     monkeypatch.setattr("lib.prune.saliency_sums", None)  # nothing may be scored any more
     found, out = kept(*then, "--scores", scores)
     assert found == wanted and "not computed again" in out

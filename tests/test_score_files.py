@@ -161,6 +161,7 @@ def test_a_second_writer_is_told_who_is_at_work_and_readers_are_not(tmp_path):
 
 
 def test_a_second_run_is_refused_before_the_forward_pass(run_cli, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.dry_run.dry_run", lambda *_: None)
     monkeypatch.setattr("lib.prune.saliency_sums", None)
     with locks.exclusive(tmp_path / "s"):
         done = run_cli(*flags, "--scores", tmp_path / "s")
@@ -197,6 +198,7 @@ def test_scores_that_took_minutes_outlive_a_run_that_fails_after_them(
         done = run_cli(*flags, "--overwrite")
     place = tmp_path / "result.scores.safetensors"
     assert done.code == 2 and done.err.count("\n") == 1 and f"--scores {place}" in done.err and place.is_file()
+    monkeypatch.setattr("lib.dry_run.dry_run", lambda *_: None)
     monkeypatch.setattr("lib.prune.saliency_sums", None)  # nothing may be scored any more
     assert run_cli(*flags, "--overwrite", "--scores", place).code == 0
     assert {n: b for n, b in files_below(tmp_path / "result").items() if "kept" in str(n)} == wanted

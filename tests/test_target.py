@@ -1,6 +1,5 @@
 """The folder of a result: nothing else is lost, and whatever happens a complete result, old or new, stands there."""
 
-import argparse
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import CONTEXT, ROOT, files_below, save_made_up_set
+from conftest import ROOT, files_below
 from transformers import dynamic_module_utils
 
 from lib import filesystem, locks, options, target
