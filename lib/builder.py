@@ -285,6 +285,8 @@ def refuse_unsupported(name: str, config, sees: bool) -> None:
         model_class = causal_class(config)
         if hasattr(config, "pruned_mlp"):
             model_class = modeling_pruned.pruned(model_class)
+        if not isinstance(config, model_class.config_class):
+            config = config.get_text_config()  # of a model for images too, transformers builds the language model alone
         find_layers(skeleton(model_class, config))
 
 

@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     Qwen2Config,
     Qwen2ForSequenceClassification,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     WhisperConfig,
 )
 
@@ -339,6 +341,20 @@ def test_a_head_that_predicts_more_tokens_is_left_out_and_said_so(copied, data_d
     done = run_cli("--model", folder, "--data_dir", data_dir, "--nsamples", 2, "--seqlen", 16)
     assert done.code == 0, done.err
     assert "left out" in done.out and "mtp.fc.weight and 1 more" in done.out
+
+
+def test_a_vision_tower_that_the_language_model_leaves_out_is_named(tmp_path):
+    text = GATED | special_tokens() | {"head_dim": 8, "layer_types": ["full_attention"] * N_LAYERS}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+              "num_position_embeddings": 16}  # fmt: skip
+    torch.manual_seed(0)
+    whole = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision))
+    whole.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    found = builder.load(str(tmp_path / "model"), "float32")
+    assert found.notes["left out"].startswith("model.visual.") and len(found.layers) == N_LAYERS
+    wanted = whole.model.language_model.layers[1].mlp.up_proj.weight
+    assert torch.equal(found.model.model.layers[1].mlp.up_proj.weight, wanted)
 
 
 # --- other tasks ------------------------------------------------------------------------------------
