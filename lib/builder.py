@@ -205,8 +205,8 @@ def load(
         raise UserError("--cuda: no CUDA GPU is visible; leave the flag out to run on the CPU")
     source = find_source(name, cache_dir)
     config = source.config()
-    refuse_unsupported(name, config, sees)
     refuse_one_token(name, config)
+    refuse_unsupported(name, config, sees)
     model, processor = source.load(DTYPES.get(dtype, "auto"))
     own_dtype = model.dtype
     device = parallel.device(cuda)

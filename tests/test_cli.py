@@ -691,10 +691,10 @@ def test_the_summary_gives_a_range_where_widths_differ(run_cli, prune, tiny_mode
 
 
 def plain_perplexity(model, ids, seqlen, n_windows):
-    """exp of the mean negative log-likelihood of every token but the first of each window."""
-    nll = []
-    for start in range(0, n_windows * seqlen, seqlen):
-        window = ids[start : start + seqlen]
+    """exp of the mean negative log-likelihood of the text's tokens, behind a bos token in each window."""
+    (bos, *text), nll = ids.tolist(), []
+    for start in range(0, n_windows * (seqlen - 1), seqlen - 1):
+        window = torch.tensor([bos, *text[start : start + seqlen - 1]])
         with torch.no_grad():
             log_p = F.log_softmax(model(window[None]).logits[0].double(), -1)
         nll += [-log_p[t, window[t + 1]] for t in range(seqlen - 1)]
@@ -709,7 +709,8 @@ def test_perplexity_before_and_after_is_that_of_wikitext_test(flags, seqlen, bou
     folder = prune("llama", "--pruning_ratio", 0.5, "--eval_ppl", "--dataset", "winogrande", *flags)
     rows = load_from_disk(str(data_dir / "wikitext2"))["test"]["text"]
     ids = torch.tensor(AutoTokenizer.from_pretrained(tiny_model("llama"))("\n\n".join(rows)).input_ids)
-    n_windows = bound or len(ids) // seqlen
+    assert ids[0] == 0
+    n_windows = bound or (len(ids) - 1) // (seqlen - 1)
     assert n_windows > 2
     found = report_of(folder)["perplexity"]
     for name, source in (("dense", tiny_model("llama")), ("pruned", folder)):
