@@ -117,7 +117,7 @@ def is_original(config: dict | str | Path) -> bool:
 
 
 def _is_original(fields: dict) -> bool:
-    """Since v1.2.0 the original code saves a `model_type` that transformers does not know: llava_llama, llava_mpt ..."""
+    """Since v1.2.0 the original code saves a `model_type` that transformers does not know, such as llava_llama."""
     named = ARCHITECTURE in _architectures(fields) or fields.get("model_type") in ORIGINAL_TYPES
     return (named or "mm_vision_tower" in fields) and not fields.keys() & {"text_config", "vision_config"}
 

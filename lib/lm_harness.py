@@ -18,9 +18,11 @@ import os
 import sys
 from pathlib import Path
 
+from lib import terminal
+
 # The libraries read these when they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if not sys.stderr.isatty():
+if not terminal.watched():
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 from lib import modeling_pruned, remote_code

@@ -46,8 +46,7 @@ def place_in(value, n: int, what: str) -> int:
 
 
 def place_of(value, values: Iterable, what: str) -> int:
-    """Return the place of `value` among labels, whether they are numbers or texts. Raises ValueError if it is not there.
-    """
+    """Return the place of `value` among labels, whether they are numbers or texts. Raises ValueError for none."""
     labels = [str(label) for label in values or ()]
     if str(value) not in labels:
         raise ValueError(f"{what} is {value!r}, which is none of the labels {', '.join(labels) or '(there are none)'}")

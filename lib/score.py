@@ -92,7 +92,9 @@ def saliency_sums(
     `Q = W * dL/dW` for the projections of the layer's MLP, in float32. `CROSS_ENTROPY` is the mean
     next-token cross-entropy of each sample (Lee et al. 2019), always one sample at a time whatever the
     batch size. `FIRST_ORDER` is the mean singular value of each projection's output, summed over all
-    projections of the model, with one gradient per batch. The sums are on the CPU.
+    projections of `layers`, with one gradient per batch; of both towers' where both are pruned. A vision tower's
+    gradients then hold the norms of the language model too, which it reaches through the projector: pruned alone it
+    keeps other neurons. The sums are on the CPU.
 
     The objectives in `of_tokens` are summed by what stands there instead of `reduce`. With `draws`, a seed, the
     cross-entropy is that of labels drawn from what the model itself predicts: its slopes' squares are then the

@@ -195,7 +195,8 @@ class Run:
             yield "scored 0", f"{', '.join(self.unused)}: the model makes no use of what comes out of there"
         yield from self.notes.items()
         if "skipped" in self.data:
-            yield "skipped", f"{self.data['skipped']} rows, whose image is missing or damaged or whose caption is not trained on"
+            why = "whose image is missing or damaged or whose caption is not trained on"
+            yield "skipped", f"{self.data['skipped']} rows, {why}"
 
     def _where(self) -> list[tuple[str, str]]:
         folder = self.args["save_model"]

@@ -1,6 +1,7 @@
 """Wrong input, full disks and Ctrl-C: one line that says what to do, the right exit code, and nothing left on disk."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from conftest import (
     special_tokens,
     write_model,
 )
+from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
@@ -97,6 +99,32 @@ def test_the_command_that_all_these_change_works(run_fresh, flags, scratch, tmp_
     assert (done.code, done.err) == (0, "")
     assert (tmp_path / "result" / "model.safetensors").exists()
     assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("length", [1, 0, -5])
+def test_a_model_that_takes_one_token_is_refused_unread(length, tiny_model, data_dir, run_cli, tmp_path):
+    copy = shutil.copytree(tiny_model("llama"), tmp_path / "copy")
+    (copy / "model.safetensors").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": length}))
+    done = run_cli("--model", copy, "--data_dir", data_dir)
+    assert_one_line(done, 2, "error: ")
+    assert "--model" in done.err and f"sequences of {length} tokens" in done.err and "nothing is predicted" in done.err
+
+
+@pytest.mark.parametrize("record", ['{"text": "cut off \\ud83d"}', '{"text": null}', '{"text": 7}', '{"text": "a'])
+def test_a_record_that_is_no_text_is_named_before_the_model_is_read(record, run_cli, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"text": "one"}\n' * 17 + record)
+    done = run_cli("--model", tmp_path / "no-model-here", "--dataset", tmp_path / "own.jsonl")
+    assert_one_line(done, 2, "error: ")
+    assert "row 17 (line 18)" in done.err
+
+
+def test_a_null_row_of_a_set_is_named_before_the_model_is_read(run_cli, tmp_path):
+    DatasetDict({"train": Dataset.from_dict({"text": ["one", None]})}).save_to_disk(tmp_path / "data" / "wikitext2")
+    done = run_cli("--model", tmp_path / "no-model-here", "--data_dir", tmp_path / "data")
+    assert_one_line(done, 2, "error: ")
+    assert "row 1: 'text' is null" in done.err
 
 
 # --- flags ------------------------------------------------------------------------------------------

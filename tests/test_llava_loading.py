@@ -802,7 +802,8 @@ def sentencepieces(text: str) -> list[str]:
     while pairs := [(-SCORES[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in SCORES]:
         at = min(pairs)[1]
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return [unit for part in parts for unit in ([part] if part in SCORES else [BYTES[bytes([b])] for b in part.encode()])]
+    spelled = ([part] if part in SCORES else [BYTES[bytes([byte])] for byte in part.encode()] for part in parts)
+    return [unit for units in spelled for unit in units]
 
 
 def own_tokens(chunk: str) -> list[int]:

@@ -263,7 +263,8 @@ def test_an_answer_is_the_one_of_lmms_evals_own_llava_whole_and_as_it_is(questio
         ids, logits = own_logits(model, prompt, shown) if not new else own_continued(model, prompt, shown, new)
         new.append(int(logits[-1].argmax()))
     wanted = model.tokenizer.decode(new, skip_special_tokens=True)
-    model.task_dict, requests = requests_of("generate_until", [(question, {"max_new_tokens": 5, "until": "\n\n"})], [shown])
+    asked = [(question, {"max_new_tokens": 5, "until": "\n\n"})]
+    model.task_dict, requests = requests_of("generate_until", asked, [shown])
     assert model.generate_until(requests) == [wanted]
 
 

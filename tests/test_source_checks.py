@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CONTEXT, GATED, N_LAYERS, TINY_MODELS, special_tokens
+from conftest import CONTEXT, GATED, N_LAYERS, TINY_MODELS, make_tokenizer, special_tokens
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,

@@ -9,11 +9,12 @@ with 0; with 1 for anything else that went wrong.
 import os
 import sys
 
+from lib import terminal
 from lib.lmms.exits import exiting
 
 # The libraries read these when they are imported.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if not sys.stderr.isatty():
+if not terminal.watched():
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 try:
