@@ -135,7 +135,7 @@ def test_quantised_weights_are_not_taken_for_plain_ones(tmp_path, model):
     Call(Trainer, "a"), Call(pipeline, "a"), Call(AutoTokenizer.from_pretrained, "a"), Call(AutoModelForCausalLM, "a"),
     Call(LlamaConfig, 5), Call(torch.zeros, 10**12), {"a": [torch.ones(2)]}, [[Call(torch.device, "cpu")]],
     torch.Tensor,
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_only_data_come_beside_the_model(tmp_path, model, words):
     torch.save({"model": model, "tokenizer": words}, tmp_path / "model.bin")
     assert_refused(tmp_path, "names|holds")
