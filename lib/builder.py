@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import re
 import warnings
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from lib.storage import unshare
 from lib.tape import HiddenStates
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGEST_SQUARED = torch.finfo(torch.float32).max ** 0.5
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -310,7 +312,13 @@ def context_length(config) -> int:
 
 
 def refuse_nan(model: nn.Module) -> None:
-    """Raise UserError that names the first weight with NaN or infinity in it."""
+    """Raise UserError that names the first weight with NaN or infinity in it, and for embeddings beyond all norms."""
+    largest = max(abs(float(end)) for end in model.get_input_embeddings().weight.aminmax())
+    if LARGEST_SQUARED < largest < math.inf:
+        raise UserError(
+            f"--model: its embeddings hold values of {largest:.0e}, whose squares are beyond float32, so that "
+            "norms make nothing of them; the checkpoint is damaged, fetch it again"
+        )
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise UserError(

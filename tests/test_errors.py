@@ -294,6 +294,11 @@ def test_activations_that_overflow_name_the_layer(broken, fails):
     fails("--model", broken, saying=["layers.1", "not finite", "--dtype"])
 
 
+def test_embeddings_beyond_what_norms_can_square_are_named(broken, fails):
+    change_weights(broken, lambda weights: weights["model.embed_tokens.weight"][7].fill_(1e38))
+    fails("--model", broken, saying=["embeddings", "1e+38", "fetch it again"])
+
+
 # Configurations alone: the family is refused before any weight is looked for.
 MOE = {
     "hidden_size": 32,
