@@ -1,6 +1,5 @@
 """What a model is on disk or on the Hub -> model and tokenizer, ready to be scored."""
 
-import copy
 import hashlib
 import re
 import warnings
@@ -23,7 +22,7 @@ from transformers import (
 from lib import llava, modeling_pruned, parallel
 from lib.errors import UserError
 from lib.memory import GIB
-from lib.mlp import Layer, find_layers, forget_widths, only_towers
+from lib.mlp import VISION, Layer, find_layers, forget_widths, only_towers, skeleton, towers_of
 from lib.offload import Placement, Resources, cast
 from lib.tape import HiddenStates
 
@@ -216,11 +215,24 @@ def refuse_unsupported(name: str, config, sees: bool) -> None:
             f"--model {name}: the family '{config.model_type}' is not a causal language model that "
             "transformers can build"
         )
-    model_class = causal_class(config)
-    if hasattr(config, "pruned_mlp"):
-        model_class = modeling_pruned.pruned(model_class)
-    with torch.device("meta"):
-        find_layers(model_class(copy.deepcopy(config)))
+    try:
+        model_class = causal_class(config)
+        if hasattr(config, "pruned_mlp"):
+            model_class = modeling_pruned.pruned(model_class)
+        layers = find_layers(skeleton(model_class, config))
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # values that contradict each other, or packages that the family needs
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"--model {name}: transformers cannot build the family '{config.model_type}' from its configuration "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    if VISION in towers_of(layers):
+        raise UserError(
+            f"--model {name}: the family '{config.model_type}' has a vision tower, and of such families only LLaVA can "
+            "be scored; save its language model on its own and prune that"
+        )
 
 
 def causal_class(config) -> type:
