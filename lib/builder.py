@@ -27,7 +27,7 @@ from lib.config_checks import building, check_raw, refuse_short_context
 from lib.errors import UserError
 from lib.gguf_file import GgufFile
 from lib.memory import GIB
-from lib.mlp import Layer, find_layers, forget_widths, only_towers, skeleton
+from lib.mlp import VISION, Layer, find_layers, forget_widths, only_towers, skeleton, towers_of
 from lib.offload import Placement, Resources, cast
 from lib.storage import unshare
 from lib.tape import HiddenStates
@@ -289,7 +289,12 @@ def refuse_unsupported(name: str, config, sees: bool) -> None:
             model_class = modeling_pruned.pruned(model_class)
         if not isinstance(config, model_class.config_class):
             config = config.get_text_config()  # of a model for images too, transformers builds the language model alone
-        find_layers(skeleton(model_class, config))
+        layers = find_layers(skeleton(model_class, config))
+    if VISION in towers_of(layers):
+        raise UserError(
+            f"--model {name}: the family '{config.model_type}' has a vision tower, and of such families only LLaVA can "
+            "be scored; save its language model on its own and prune that"
+        )
 
 
 def causal_class(config) -> type:

@@ -27,6 +27,7 @@ from lib.rebuild import rebuild
 from lib.summary import Run
 from lib.sums import InMemory
 from lib.tape import HiddenStates, NotFinite
+from lib.vectors import ModelVector
 
 TOKENS, SAMPLES = 8, 2
 VOCABULARY = 64  # tokens that the cut model knows
@@ -90,7 +91,7 @@ def _run(args: argparse.Namespace, loaded: Loaded, ratio: float, record: Run) ->
     args = argparse.Namespace(**vars(args))
     args.rounds, args.batch_size = min(args.rounds, 2), min(args.batch_size, SAMPLES)
     ids = torch.arange(TOKENS)[: max(loaded.seqlen, 1)] % loaded.model.get_input_embeddings().weight.shape[0]
-    samples = [ids] * SAMPLES
+    samples = [ids] * min(SAMPLES, args.nsamples)
     result = Run(copy.deepcopy(record.args))
     result.dense(evaluate.size(loaded.model, loaded.layers), loaded)
     _measure(args, loaded, ids)
@@ -104,15 +105,20 @@ def _run(args: argparse.Namespace, loaded: Loaded, ratio: float, record: Run) ->
             steps.write(args, Path(folder), loaded, selection, fits, samples, result)
 
 
-def _score(args: argparse.Namespace, loaded: Loaded, samples: Sequence[Tensor]):
+def _score(args: argparse.Namespace, loaded: Loaded, samples: Sequence[Tensor]) -> dict[str, ModelVector]:
+    """What scoring accumulates; made up where a file of scores may spare the run its scoring."""
+    method, sums = prune.METHODS[args.prune_method], InMemory()
+    if args.scores and Path(args.scores).exists():
+        sums.put({name: torch.ones(shape) for name, shape in prune.sum_shapes(loaded.layers, method).items()})
+        sums.is_complete = True
     with HiddenStates() as hidden:
         return prune.score(
             loaded.model,
             loaded.layers,
             tape.collate(samples, args.batch_size),
-            prune.METHODS[args.prune_method],
+            method,
             args.neuron_score,
-            InMemory(),
+            sums,
             loaded.placement,
             hidden,
             args.seed,
@@ -142,7 +148,7 @@ def _is_want_of_room(error: BaseException) -> bool:
 
 
 def _works_unpruned(cut: Loaded) -> bool:
-    """Whether the cut model, dense, can be run, saved and loaded by transformers alone; the whole model always counts."""
+    """Whether the cut model, dense, can be run, saved and loaded by transformers alone; a whole one need not."""
     if isinstance(cut.source, _Whole):
         return True
     try:
@@ -189,7 +195,8 @@ def _cut(loaded: Loaded) -> Loaded | None:
     model, dtype = loaded.model, loaded.resources.dtype
     total = len(loaded.layers)
     enough = _enough_layers(loaded.layers, model.config)
-    for count, vocabulary, limit in ((enough, VOCABULARY, LARGEST), (enough, None, LARGEST), (total, None, LARGEST / 4)):
+    choices = ((enough, VOCABULARY, LARGEST), (enough, None, LARGEST), (total, None, LARGEST / 4))
+    for count, vocabulary, limit in choices:
         try:
             config = _shortened(model.config, total, count, vocabulary)
             empty = skeleton(type(model), type(config).from_dict(config.to_dict()))

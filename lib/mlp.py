@@ -266,7 +266,7 @@ def skeleton(model_class: type, config) -> nn.Module:
     """A model of this class and a copy of this configuration, without memory."""
     config = copy.deepcopy(config)
     for part in tower_configs(config):
-        if isinstance(part.dtype, str):  # as it is after a save; some families make tensors of this dtype
+        if isinstance(getattr(part, "dtype", None), str):  # as after a save; some families make tensors of this dtype
             part.dtype = getattr(torch, part.dtype)
     with torch.device("meta"):
         return model_class(config)

@@ -105,8 +105,8 @@ FAMILIES = {
     "gpt_neox": (GPTNeoXConfig, dict(intermediate_size=50), "gpt_neox.layers", DENSE_4H),
     "falcon": (FalconConfig, dict(ffn_hidden_size=50), "transformer.h", DENSE_4H),
     "bloom": (BloomConfig, {}, "transformer.h", DENSE_4H),
-    # Activations with parameters of their own; layers of two kinds; a list of widths, and hidden states in four
-    # streams; widths of heads that differ by layer; buffers that the model sets in its layers; layers that return lists.
+    # Activations with parameters of their own; layers of two kinds; buffers that the model sets in its layers; a list
+    # of widths, and hidden states in four streams; widths of heads that differ by layer; layers that return lists.
     "apertus": (ApertusConfig, dict(intermediate_size=50), "model.layers", UP_DOWN),
     "bamba": (
         BambaConfig,

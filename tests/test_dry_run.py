@@ -135,8 +135,9 @@ LONG_SHORT = ["sliding_attention"] * 3 + ["full_attention"]
         # As many heads as layers: only the layers become fewer.
         (LlamaConfig(**GATED | {"num_hidden_layers": 4}), 2),
         (Gemma3TextConfig(**GATED | dict(num_hidden_layers=8, head_dim=8, layer_types=LONG_SHORT * 2)), 4),
-        (Gemma4TextConfig(**GATED | dict(num_hidden_layers=8, head_dim=8, global_head_dim=16, layer_types=LONG_SHORT * 2,
-            vocab_size_per_layer_input=640, hidden_size_per_layer_input=8, num_kv_shared_layers=0)), 4),  # fmt: skip
+        (Gemma4TextConfig(**GATED | dict(num_hidden_layers=8, head_dim=8, global_head_dim=16,
+            layer_types=LONG_SHORT * 2, vocab_size_per_layer_input=640,
+            hidden_size_per_layer_input=8, num_kv_shared_layers=0)), 4),  # fmt: skip
     ],
     ids=["llama", "one layer", "gpt2", "as many heads", "gemma3", "gemma4"],
 )
@@ -160,6 +161,7 @@ def test_a_dry_run_changes_neither_the_model_nor_random_numbers_nor_peaks(tiny_m
     loaded = builder.load(str(tiny_model("gpt2")), "float32")
     args = argparse.Namespace(
         model="m", prune_method="structured_snip", pruning_ratio=0.3, neuron_score="snr", rounds=1, batch_size=1,
+        nsamples=8, scores=None,
         seed=0, global_pruning=True, align=1, compensate="ridge", report=False, save_model="out", save_format="both",
         dtype="auto", towers="both", no_verify=False, eval_ppl=True, eval_speed=True)  # fmt: skip
     record = Run(vars(args))
