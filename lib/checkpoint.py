@@ -51,7 +51,7 @@ def save(folder: Path, model: nn.Module, layers: Sequence[Layer], processor, for
             drop_recorders(model)
             sees = isinstance(processor, ProcessorMixin)
             beside = {"tokenizer": processor.tokenizer, "processor": processor} if sees else {"tokenizer": processor}
-            with _without_methods(model):
+            with _data_alone(model):
                 torch.save({"model": model} | beside, folder / MODEL_BIN)
     except (SafetensorError, RuntimeError) as error:  # how these libraries report a full disk
         raise OSError(str(error).splitlines()[0]) from error
@@ -70,9 +70,13 @@ def drop_recorders(model: nn.Module) -> None:
 
 
 @contextmanager
-def _without_methods(model: nn.Module) -> Iterator[None]:
-    """Within this context no module keeps methods of classes in a dictionary (Gemma 4 does): they pickle as a call of
-    `getattr`, which no reader should allow. Every module makes its own anew when it is built."""
+def _data_alone(model: nn.Module) -> Iterator[None]:
+    """Within this context no module keeps what would pickle as a call that no reader should allow.
+
+    These are methods of classes in a dictionary (Gemma 4 has them; every module makes its own when it is built), and
+    the patterns by which transformers renamed the weights of the checkpoint that was read.
+    """
+    conversions = vars(model).pop("_weight_conversions", None)
     taken = []
     for module in model.modules():
         for name, held in vars(module).items():
@@ -88,6 +92,8 @@ def _without_methods(model: nn.Module) -> Iterator[None]:
             if methods:
                 held.clear()
                 held.update(before)
+        if conversions is not None:
+            model._weight_conversions = conversions
 
 
 def save_folder(folder: Path, model: nn.Module, layers: Sequence[Layer]) -> None:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from lib import evaluate, parallel, prune, steps, tape
 from lib.builder import Loaded, context_length
-from lib.errors import UserError
+from lib.errors import UserError, is_out_of_memory
 from lib.memory import GIB, available_bytes
 from lib.mlp import Layer, find_layers, skeleton
 from lib.offload import Resources
@@ -135,10 +135,10 @@ def _measure(args: argparse.Namespace, loaded: Loaded, ids: Tensor) -> None:
 
 def _is_want_of_room(error: BaseException) -> bool:
     """Whether memory or disk did not suffice: the run itself may have more, or says so itself."""
+    if is_out_of_memory(error):
+        return True
     while error is not None:
         text = str(error)
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
-            return True
         if isinstance(error, OSError) and error.errno is not None:
             return True
         if isinstance(error, (OSError, SafetensorError, RuntimeError)) and any(words in text for words in FULL_DISK):

@@ -11,6 +11,7 @@ from lib.errors import OutOfMemory, is_out_of_memory, reason
 GIB = 2**30
 # What to lower where memory runs out, by the phase of a run.
 LOWER = {
+    "dry run": "--offload disk needs less",
     "load": "--dtype bfloat16 and --offload disk need less, with --cuda also --offload cpu or a lower --max_memory",
     "calibrate": "lower --nsamples or --seqlen",
     "score": "lower --batch_size or --seqlen; --offload (weights) and a lower --max_memory or --nsamples (hidden "

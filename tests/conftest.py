@@ -331,6 +331,7 @@ try:
     main.main(["--help"])
 except SystemExit:
     pass
+import lib.dry_run
 from transformers import LlamaForCausalLM
 gc.freeze()
 for line in sys.stdin:

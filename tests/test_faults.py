@@ -167,7 +167,7 @@ TOO_LITTLE = {
 }  # fmt: skip
 PHASES = {
     "load": ("lib.offload.Resources.place", ["--dtype"]),
-    "calibrate": ("lib.data.tokenize", ["--nsamples"]),
+    "calibrate": ("lib.data.text_ids", ["--nsamples"]),
     "score": ("torch.autograd.grad", ["--batch_size", "--seqlen", "--offload"]),
     "prune": ("lib.prune.select", ["--offload"]),
     "compensate": ("lib.compensate.compensate", ["--nsamples", "--compensate bias"]),
