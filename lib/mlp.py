@@ -205,7 +205,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
     if not stacks or None in stacks or towers is None:
         found = "no MLP was recognised" if not blocks else f"its MLPs stand in {len(stacks)} stacks of layers"
         raise UserError(f"--model: cannot prune the family '{family}': {found}; {_supported()}")
-    return [layer for tower, stack in towers.items() for layer in _layers_of(model, family, blocks, tower, stack)]
+    layers = [layer for tower, stack in towers.items() for layer in _layers_of(model, family, blocks, tower, stack)]
+    _refuse_shared_blocks(model, layers, family)
+    return layers
 
 
 def _name_towers(model: nn.Module, stacks: list[str]) -> dict[str, str] | None:
@@ -359,6 +361,20 @@ def _refuse_shared_keys(model: nn.Module, family: str) -> None:
             f"{len(sharing) - 1} more): gradients reach an earlier layer past the ones between, and layers are scored "
             "one by one; a checkpoint with num_kv_shared_layers 0 works"
         )
+
+
+def _refuse_shared_blocks(model: nn.Module, layers: Sequence[Layer], family: str) -> None:
+    """Refuse an MLP that several layers use (Zamba): what one layer could lose another may need."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for block in (layer.block for layer in layers if layer.block):
+        shared = [name for module in block.modules for name in names[id(module.weight)]]
+        if len(shared) > len(block.modules):
+            raise UserError(
+                f"--model: cannot prune the family '{family}': several layers share one MLP ({', '.join(shared[:2])}), "
+                f"and neurons are removed layer by layer; {_supported()}"
+            )
 
 
 def _check(block: Block, family: str) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     MiniCPM3Config,
     RecurrentGemmaConfig,
+    ZambaConfig,
 )
 
 from lib import builder, checkpoint, dry_run, evaluate, prune, steps
@@ -190,6 +191,8 @@ GEMMA3N = GATED | dict(
          "model.layers.0.mlp keeps its largest activations"),
         (Gemma4TextConfig(**GATED | dict(num_hidden_layers=4, head_dim=8, global_head_dim=8, num_kv_shared_layers=2,
             layer_types=["sliding_attention", "full_attention"] * 2)), "share keys"),
+        (ZambaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, vocab_size=320,
+            num_key_value_heads=4, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8), "share one MLP"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_scored_layer_by_layer_is_refused_without_weights(config, saying, text, run_cli, tmp_path):
