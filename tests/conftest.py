@@ -331,7 +331,7 @@ try:
     main.main(["--help"])
 except SystemExit:
     pass
-import lib.dry_run
+import encodings.utf_8_sig, lib.dry_run  # all that a child may need and may not read as another user
 from transformers import LlamaForCausalLM
 gc.freeze()
 for line in sys.stdin:
