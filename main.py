@@ -57,7 +57,7 @@ def run(argv: list[str] | None) -> bool:
 
 def prune_at_ratios(args, targets) -> bool:
     """Load, calibrate, score; for each ratio select, compensate, prune, save to its target, report."""
-    from lib import builder, compensate, data, evaluate, memory, options, parallel, prune, steps, sums, tape
+    from lib import builder, compensate, data, evaluate, memory, options, parallel, prune, steps, sums
     from lib.dry_run import dry_run
     from lib.summary import Run
 
@@ -93,11 +93,8 @@ def prune_at_ratios(args, targets) -> bool:
             steps.measure(args, "dense", loaded, windows, samples, record)
         if not nothing_to_choose:
             record.scores(args.scores, kept.is_complete)
-            with record.phase("score"), memory.peak_memory(loaded.placement.main, record.peak_bytes, "scoring"):
-                batches = tape.collate(samples, args.batch_size)
-                with loaded.hidden_states() as hidden:
-                    found = prune.score(loaded.model, loaded.layers, batches, method, args.neuron_score, kept,
-                                        loaded.placement, hidden, args.seed)  # fmt: skip
+            with memory.peak_memory(loaded.placement.main, record.peak_bytes, "scoring"):
+                found = steps.score(args, loaded, samples, kept, record)
         parallel.stop()
         if not parallel.is_main():
             return True

@@ -15,7 +15,7 @@ from lib.modules_cache import temporary_modules_cache
 from lib.prune import Selection
 from lib.result_folder import files_of
 from lib.summary import Run
-from lib.sums import InMemory
+from lib.sums import InMemory, ScoreFile
 from lib.tape import Sample
 from lib.target import Target
 from lib.vectors import ModelVector
@@ -62,6 +62,24 @@ def measure(
             record.speed[of] = evaluate.speed(loaded.model, data.text_of(samples), context)
 
 
+def score(
+    args: argparse.Namespace, loaded: Loaded, samples: Sequence[Sample], kept: InMemory | ScoreFile, record: Run
+) -> dict[str, ModelVector]:
+    """What the method's formula takes: a vector per objective, summed over the samples, which `kept` then holds."""
+    with record.phase("score"), loaded.hidden_states() as hidden:
+        return prune.score(
+            loaded.model,
+            loaded.layers,
+            tape.collate(samples, args.batch_size),
+            prune.METHODS[args.prune_method],
+            args.neuron_score,
+            kept,
+            loaded.placement,
+            hidden,
+            args.seed,
+        )
+
+
 def later_rounds(
     args: argparse.Namespace,
     ratio: float,
@@ -76,17 +94,13 @@ def later_rounds(
     """
     if sums is None or not ratio:
         return loaded, sums
-    method = prune.METHODS[args.prune_method]
     for number in range(1, args.rounds):
         with result.phase("prune"):
             selection = select(args, loaded, sums, ratio * number / args.rounds)
         if args.compensate != "none":
             compensate(args, loaded, selection, samples, result)
         prune.silence(loaded.layers, selection)
-        with result.phase("score"), loaded.hidden_states() as hidden:
-            batches = tape.collate(samples, args.batch_size)
-            sums = prune.score(loaded.model, loaded.layers, batches, method, args.neuron_score, InMemory(),
-                               loaded.placement, hidden, args.seed)  # fmt: skip
+        sums = score(args, loaded, samples, InMemory(), result)
         loaded = loaded.again()
     return loaded, sums
 
