@@ -107,6 +107,7 @@ class Source:
         if source_checks.is_fine_grained_fp8(config.to_dict()):
             source_checks.refuse_uneven_blocks(self.files)  # of a name on the Hub, there is more to see now
             model.to(dtype)  # transformers leaves what was no float8 in bfloat16
+            vars(model).pop("_weight_conversions", None)  # by which it would be quantised again when it is saved
         model.config.return_dict = True  # some old checkpoints say otherwise
         return unshare(model).eval().requires_grad_(False), tokenizer
 

@@ -63,7 +63,9 @@ class CustomCheckpoint(HFLM):
 
     def __init__(self, checkpoint=None, pretrained=None, trust_checkpoint=False, dtype="auto", device_map=None,
                  device="cuda:0", parallelize=False, **options):  # fmt: skip
-        """Load `checkpoint`, a `model.bin`, the folder that holds one, or a `.gguf` file; `dtype` "auto" keeps what was saved.
+        """Load `checkpoint`: a `model.bin`, the folder that holds one, or a `.gguf` file.
+
+        `dtype` "auto" keeps what was saved.
 
         `pretrained` names the dense model in the results, and gives the tokenizer where the checkpoint has none;
         its weights are never loaded. `device_map` "auto" spreads the model over the GPUs, if there are any.

@@ -275,7 +275,8 @@ class ScoreFile:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Give a file its size, and the room on disk where the file system can promise it. Raises OSError for a full one."""
+    """Give a file its size, and the room on disk where the file system can promise it. Raises OSError for a full disk.
+    """
     try:
         os.posix_fallocate(descriptor, 0, size)
     except (OSError, AttributeError) as error:

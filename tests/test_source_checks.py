@@ -187,10 +187,13 @@ def test_float8_without_a_plain_scale_is_refused(change, fp8):
     refused(folder, "fp8", f"{UP}.weight", "no scale")
 
 
-def test_every_form_of_a_pruned_float8_checkpoint_holds_the_dequantised_weights(fp8, data_dir, run_cli, tmp_path):
+@pytest.mark.parametrize("scope", [["--global_pruning"], ["--save_format", "both"]])
+def test_every_form_of_a_pruned_float8_checkpoint_holds_the_dequantised_weights(
+    scope, fp8, data_dir, run_cli, tmp_path
+):
     folder, true = fp8(16)
     done = run_cli("--model", folder, "--data_dir", data_dir, "--nsamples", 4, "--seqlen", 32, "--pruning_ratio", 0.25,
-                   "--global_pruning", "--save_model", tmp_path / "out")  # fmt: skip
+                   *scope, "--save_model", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
     kept = load_file(tmp_path / "out" / checkpoint.KEPT_NEURONS)
     for model in (checkpoint.load_folder(tmp_path / "out"), checkpoint.load_bin(tmp_path / "out")[0]):
