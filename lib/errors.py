@@ -20,7 +20,10 @@ class OutOfMemory(UserError):
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether memory that ran out, of the machine or of a GPU, is the error or its cause."""
     while error is not None:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        # torch's own is told by its name: this file is loaded before any library.
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if getattr(error, "errno", None) == errno.ENOMEM:
             return True
         if not isinstance(error, UserError) and any(words in str(error) for words in OUT_OF_MEMORY):
             return True

@@ -62,6 +62,7 @@ def start(cuda: bool) -> None:
         with signals.at_once():  # nothing is written yet, and a process that never comes cannot be waited for
             PartialState(cpu=not cuda, **InitProcessGroupKwargs(timeout=WAIT).to_kwargs())
     except (ValueError, RuntimeError, OSError) as error:
+        PartialState._reset_state()  # what is half there would be taken for whole
         if is_out_of_memory(error):
             raise
         raise UserError(
