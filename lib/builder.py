@@ -90,7 +90,9 @@ class Source:
         """
         if self.gguf:
             model = self.gguf.model(torch.float32 if dtype == "auto" else dtype)
-            return unshare(model).eval().requires_grad_(False), self.gguf.tokenizer()
+            tokenizer = self.gguf.tokenizer()
+            self.gguf.forget()
+            return unshare(model).eval().requires_grad_(False), tokenizer
         config = self.config()
         if llava.is_llava(config):
             model, processor = llava.load(self.name, self.arguments.get("cache_dir"), dtype)

@@ -138,6 +138,11 @@ class GgufFile:
             )
         return readers
 
+    def forget(self) -> None:
+        """Let go of the mapped file and the tables of its tokens, which take memory; they are read again when needed."""
+        for name in vars(self).keys() - {"path"}:
+            del vars(self)[name]
+
     @cached_property
     def metadata(self) -> dict:
         """The file's entries; of a list of strings (tokens, merges) only its length."""

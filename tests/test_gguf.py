@@ -310,6 +310,14 @@ def test_a_pruned_gguf_keeps_its_rope_scaling_in_the_result(run_cli, tmp_path):
             assert torch.equal(kept, torch.where(kept == 0, 0, weight)), name
 
 
+def test_what_was_read_of_a_file_is_let_go_of_and_can_be_read_again(tmp_path):
+    source = builder.find_source(str(gguf_writer.write(tmp_path / "m.gguf", tiny(LlamaConfig(**SIZES)), {})), "")
+    first = source.load()[0].state_dict()
+    assert set(vars(source.gguf)) == {"path"}
+    again = source.load()[0].state_dict()
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
 def test_lm_eval_gets_the_model_with_its_rope_scaling(tmp_path):
     lm_harness = pytest.importorskip("lib.lm_harness")
     model = tiny(scaled("linear", factor=4.0))
