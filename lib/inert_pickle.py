@@ -63,6 +63,7 @@ class _Machine:
         self.names: set[Name] = set()
 
     def run(self) -> object:
+        """Run the program; return what it leaves. Raises RefusedPickleError."""
         for _ in range(MOST_OPCODES):
             code = self.take(1)
             if code == pickle.STOP:
@@ -73,6 +74,7 @@ class _Machine:
         raise RefusedPickleError(f"holds a pickle of more than {MOST_OPCODES} steps, more than any model needs")
 
     def take(self, count: int) -> bytes:
+        """Return the next `count` bytes of the program. Raises RefusedPickleError at its end."""
         piece = self.data[self.position : self.position + count]
         self.position += count
         if len(piece) < count:
@@ -89,17 +91,20 @@ class _Machine:
         self.memo[index] = self.stack[-1]
 
     def since_mark(self) -> list:
+        """Pop what was pushed since the last mark."""
         start = self.marks.pop()
         items = self.stack[start:]
         del self.stack[start:]
         return items
 
     def last(self, count: int) -> tuple:
+        """Pop the last values."""
         items = tuple(self.stack[-count:])
         del self.stack[-count:]
         return items
 
     def name(self) -> None:
+        """Push the name that stands in the program, unresolved."""
         end = self.data.index(b"\n", self.data.index(b"\n", self.position) + 1)
         module, name = self.take(end - self.position).decode("utf-8").split("\n")
         self.position += 1
@@ -108,17 +113,20 @@ class _Machine:
         self.push(found)
 
     def build(self) -> None:
+        """Push the record of a call, of which the function and its arguments are popped."""
         of, arguments = self.last(2)
         # An ordered dictionary is made empty and then filled; any other call stays a record.
         is_dictionary = isinstance(of, Name) and (of.module, of.name) in DICTIONARIES
         self.push({} if is_dictionary else Built(of, arguments))
 
     def give_state(self) -> None:
+        """Pop the state of the record below it."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Built):
             self.stack[-1].state = state
 
     def append(self, items: list) -> None:
+        """Add to the list on top; that an object was filled is only noted."""
         target = self.stack[-1]
         if isinstance(target, Built):
             target.filled = True
@@ -126,6 +134,7 @@ class _Machine:
             _of_kind(target, list).extend(items)
 
     def set_items(self, items: list) -> None:
+        """Add keys and values in turn to the dictionary on top; that an object was filled is only noted."""
         target = self.stack[-1]
         if isinstance(target, Built):
             target.filled = True
