@@ -56,7 +56,7 @@ def run(argv: list[str] | None) -> bool:
 
 
 def prune_at_ratios(args, targets) -> bool:
-    """Load, calibrate, score; for each ratio select, compensate, prune, save to its target, report."""
+    """Load, calibrate, score, and make the result of each ratio. Returns whether every one is saved or was shown."""
     from lib import builder, compensate, data, evaluate, memory, options, parallel, prune, steps, sums
     from lib.dry_run import dry_run
     from lib.summary import Run
@@ -98,18 +98,25 @@ def prune_at_ratios(args, targets) -> bool:
         parallel.stop()
         if not parallel.is_main():
             return True
-        told = []
-        for number, ratio in enumerate(ratios):
-            result = record.of_ratio(ratio, targets[ratio])
-            with result.phase("load"):
-                loaded = loaded.again() if number else loaded
-            loaded, last = steps.later_rounds(args, ratio, loaded, found, samples, result)
-            selection, fits = steps.prune_at(args, ratio, loaded, last, samples, result)
-            steps.measure(args, "pruned", loaded, windows, samples, result)
-            if targets[ratio]:
-                steps.save(args, targets[ratio], loaded, selection, fits, samples, result)
-            told.append(terminal.say(result.text(), elsewhere=targets[ratio] is not None))
-        return all(told)
+        return make_results(args, targets, loaded=loaded, sums=found, samples=samples, windows=windows, record=record)
+
+
+def make_results(args, targets, *, loaded, sums, samples, windows, record) -> bool:
+    """For each ratio select, compensate, prune, save to its target, report; whether every result is saved or shown."""
+    from lib import steps
+
+    told = []
+    for number, (ratio, place) in enumerate(targets.items()):
+        result = record.of_ratio(ratio, place)
+        with result.phase("load"):
+            loaded = loaded.again() if number else loaded
+        loaded, last = steps.later_rounds(args, ratio, loaded, sums, samples, result)
+        selection, fits = steps.prune_at(args, ratio, loaded, last, samples, result)
+        steps.measure(args, "pruned", loaded, windows, samples, result)
+        if place:
+            steps.save(args, place, loaded, selection, fits, samples, result)
+        told.append(terminal.say(result.text(), elsewhere=place is not None))
+    return all(told)
 
 
 if __name__ == "__main__":

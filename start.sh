@@ -66,6 +66,6 @@ printf 'The same by itself: %s/bin/python main.py' "${VENV#"$PWD"/}"
 printf ' %q' "$@"
 echo
 if [ "$RECIPE $METHOD ${NEURON_SCORE:-}${COMPENSATE:-}" = "published structured_afr " ]; then
-    echo "The better model: RECIPE=best bash start.sh (SmolLM2, 20%: perplexity 30.3, by this method alone 39.2)"
+    echo "The better model: RECIPE=best bash start.sh (SmolLM2, 20%, one threshold: perplexity 30.3 instead of 39.2)"
 fi
 exec "$VENV/bin/python" main.py "$@"

@@ -249,7 +249,11 @@ def _add_saving(group):
         help="write report.html beside the result: a page with the widths, the scores and what was measured, to look "
         "at in any browser",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace what stands in --save_model")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the result that stands in --save_model; nothing else is ever replaced",
+    )
 
 
 def _add_evaluation(group):
